@@ -490,6 +490,25 @@ fn merges_without_scores_are_refused() {
     }
 }
 
+/// A matrix without elements may say that it has any number of rows or columns.
+#[test]
+fn codes_without_elements_are_refused() {
+    use safetensors::tensor::{Dtype, TensorView};
+    let copy = Copy::of("qwen3-gptq");
+    let many = 1 << 50;
+    for (codes, zeros, scales) in [([many, 0], [1, 0], [1, 0]), ([0, many], [0, many / 8], [0, many])] {
+        let shapes =
+            [("qweight", Dtype::I32, codes), ("qzeros", Dtype::I32, zeros), ("scales", Dtype::F16, scales)];
+        let views = shapes.map(|(end, dtype, shape)| {
+            let name = format!("model.layers.0.mlp.down_proj.{end}");
+            (name, TensorView::new(dtype, shape.to_vec(), &[]).unwrap())
+        });
+        let bytes = safetensors::serialize(views, None).unwrap();
+        std::fs::write(copy.0.join("model.safetensors"), bytes).unwrap();
+        copy.is_refused("no elements", "its codes: expected a matrix of I32 with elements");
+    }
+}
+
 /// tokenizer.model of other kinds is refused; cut off or with other bytes, it is refused or opened.
 #[test]
 fn pieces_are_checked() {

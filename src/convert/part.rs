@@ -440,11 +440,13 @@ fn integers(view: &TensorView<'_>, what: &str) -> Result<Vec<i64>, String> {
     }
 }
 
-/// The rows and columns of words of codes.
+/// The rows and columns of words of codes: some, so that neither is more than the file has bytes.
 fn words(view: &TensorView<'_>, what: &str) -> Result<[usize; 2], String> {
     match (view.shape(), view.dtype()) {
-        (&[rows, columns], Dtype::I32) => Ok([rows, columns]),
-        (shape, dtype) => Err(format!("{what}: expected a matrix of I32, got {shape:?} of {dtype:?}")),
+        (&[rows, columns], Dtype::I32) if rows > 0 && columns > 0 => Ok([rows, columns]),
+        (shape, dtype) => {
+            Err(format!("{what}: expected a matrix of I32 with elements, got {shape:?} of {dtype:?}"))
+        }
     }
 }
 
@@ -509,24 +511,9 @@ fn gptq<'a>(
     stored_less: u8,
 ) -> Result<Part<'a>, String> {
     let [packed, rows] = words(view, "its codes")?;
-    let columns = packed.saturating_mul(CODES);
-    let groups = scales.shape().first().copied().unwrap_or(0);
-    expect("its scales", &[groups, rows], scales.shape())?;
-    words(zeros, "its zeros")?;
-    expect("its zeros", &[groups, rows.div_ceil(CODES)], zeros.shape())?;
-    let zero = |group: usize, row: usize| {
-        nibble(zeros.data(), group * rows.div_ceil(CODES) + row / CODES, row % CODES) + stored_less
-    };
-    let zeros: Vec<u8> = (0..rows).flat_map(|row| (0..groups).map(move |group| zero(group, row))).collect();
-    let int4 = Int4 {
-        words: view.data(),
-        packing: Packing::Columns,
-        scales: by_row(&numbers(scales)?, groups, rows),
-        zeros,
-        groups,
-        group_of: group_of(order, columns, groups)?,
-    };
-    Ok(Part { shape: vec![rows, columns], data: Data::Int4(int4) })
+    let extents = [rows, packed.saturating_mul(CODES)];
+    let zero = |words: &[u8], at: usize, row: usize| nibble(words, at, row % CODES) + stored_less;
+    with_zeros(view.data(), Packing::Columns, extents, zeros, zero, scales, order)
 }
 
 fn awq<'a>(
@@ -535,21 +522,36 @@ fn awq<'a>(
     scales: &TensorView<'_>,
 ) -> Result<Part<'a>, String> {
     let [columns, packed] = words(view, "its codes")?;
-    let rows = packed.saturating_mul(CODES);
+    let extents = [packed.saturating_mul(CODES), columns];
+    let zero = |words: &[u8], at: usize, row: usize| nibble(words, at, AWQ_PLACE[row % CODES]);
+    with_zeros(view.data(), Packing::AcrossRows, extents, zeros, zero, scales, None)
+}
+
+/// A weight of four bits whose groups have scales and zeros for each row; `zero` reads one of a word.
+fn with_zeros<'a>(
+    words_of_codes: &'a [u8],
+    packing: Packing,
+    [rows, columns]: [usize; 2],
+    zeros: &TensorView<'_>,
+    zero: impl Fn(&[u8], usize, usize) -> u8,
+    scales: &TensorView<'_>,
+    order: Option<&TensorView<'_>>,
+) -> Result<Part<'a>, String> {
     let groups = scales.shape().first().copied().unwrap_or(0);
     expect("its scales", &[groups, rows], scales.shape())?;
-    words(zeros, "its zeros")?;
-    expect("its zeros", &[groups, packed], zeros.shape())?;
-    let zero =
-        |group: usize, row: usize| nibble(zeros.data(), group * packed + row / CODES, AWQ_PLACE[row % CODES]);
-    let zeros: Vec<u8> = (0..rows).flat_map(|row| (0..groups).map(move |group| zero(group, row))).collect();
+    let across = rows.div_ceil(CODES);
+    expect("its zeros", &[groups, across], &words(zeros, "its zeros")?)?;
+    let of_groups: Vec<u8> = (0..groups)
+        .flat_map(|group| (0..rows).map(move |row| (group * across + row / CODES, row)))
+        .map(|(at, row)| zero(zeros.data(), at, row))
+        .collect();
     let int4 = Int4 {
-        words: view.data(),
-        packing: Packing::AcrossRows,
+        words: words_of_codes,
+        packing,
         scales: by_row(&numbers(scales)?, groups, rows),
-        zeros,
+        zeros: by_row(&of_groups, groups, rows),
         groups,
-        group_of: group_of(None, columns, groups)?,
+        group_of: group_of(order, columns, groups)?,
     };
     Ok(Part { shape: vec![rows, columns], data: Data::Int4(int4) })
 }
