@@ -34,7 +34,7 @@ fn conforms() {
 }
 
 /// The cases that do not pass, gaps included. Where shaders run on the CPU, which takes minutes to compile them, each path has a
-/// quarter of the cases, no two of them the same; `.ci/gpu` runs all on two devices.
+/// quarter of the cases, no two of them the same; `.ci/gpu` runs all on one device.
 fn failures(path: usize, without: &[&str]) -> Vec<String> {
     let Some(backend) = gpu(without) else { return Vec::new() };
     let is_software = ["llvmpipe", "SwiftShader"].iter().any(|name| backend.caps().device.contains(name));
