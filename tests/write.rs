@@ -137,6 +137,7 @@ fn named_shapes_have_their_models_sizes() {
         ("mistral-7b", 7_241_732_096),
         ("mixtral-8x7b", 46_702_792_704),
         ("deepseek-v2-lite", 15_706_484_224),
+        ("mamba-1.4b", 1_372_178_432),
     ];
     let formats = Formats::of(Format::Q4_0);
     for (name, parameters) in published {
@@ -146,9 +147,17 @@ fn named_shapes_have_their_models_sizes() {
     }
     for shape in SHAPES {
         let longest = Formats::of(Format::Q4_K).output(Format::Q6_K);
-        let model = Synth::new(shape, longest, 0).and_then(|synth| synth.model());
-        let program = model.and_then(|model| model.program(ProgramOptions::default(), 512));
-        assert!(program.is_ok(), "{}: {program:?}", shape.name);
+        for layers in [shape.block_count.min(6), shape.block_count] {
+            let shape = shape.clone().block_count(layers);
+            let model = Synth::new(&shape, longest, 0).and_then(|synth| synth.model());
+            // Other programs read sizes as unsigned integers.
+            for (key, value) in model.as_ref().into_iter().flat_map(|model| model.gguf().metadata()) {
+                let is_signed = ["I32", "I64"].contains(&&format!("{:?}", value.kind)[..]);
+                assert!(!is_signed || key.starts_with("tokenizer."), "{}: {key}: {value:?}", shape.name);
+            }
+            let program = model.and_then(|model| model.program(ProgramOptions::default(), 512));
+            assert!(program.is_ok(), "{}, {layers} layers: {program:?}", shape.name);
+        }
     }
 }
 

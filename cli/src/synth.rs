@@ -25,6 +25,9 @@ pub struct SynthArgs {
     /// Format of the output matrix [default: as --format].
     #[arg(long, value_name = "FORMAT", value_parser = format)]
     output_format: Option<Format>,
+    /// Layers, if not as many as the model has: the first ones of a model that is too large.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    layers: Option<u32>,
     /// Seed of the weights.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -39,6 +42,11 @@ pub fn format(name: &str) -> Result<Format, String> {
 
 pub fn synth(args: &SynthArgs) -> Result<(), Failure> {
     let shape = synth::shape(&args.shape).ok_or_else(|| format!("unknown shape `{}`", args.shape))?;
+    let layers = args.layers.unwrap_or(shape.block_count);
+    if layers > shape.block_count {
+        return Err(format!("--layers {layers}: {} has {}", shape.name, shape.block_count).into());
+    }
+    let shape = &shape.clone().block_count(layers);
     let formats = Formats::of(args.format).output(args.output_format.unwrap_or(args.format));
     let file = Synth::new(shape, formats, args.seed)?;
     let io = |source| Error::Io { path: args.out.clone(), source };
