@@ -598,6 +598,12 @@ impl<'a> Product<'a> {
         Product { weight: chunk.matrix(), bias: self.bias.map(|bias| &bias[rows.clone()]) }
     }
 
+    /// Whether both are one product. Experts without gates name a matrix twice.
+    fn is(&self, other: &Product<'_>) -> bool {
+        let bias = |product: &Product<'_>| product.bias.map(<[f32]>::as_ptr_range);
+        self.weight.bytes.as_ptr_range() == other.weight.bytes.as_ptr_range() && bias(self) == bias(other)
+    }
+
     /// Selects an expert's rows of `weight`, and its row of `biases`.
     fn of_expert(weight: Matrix<'a>, biases: Option<&'a [f32]>, rows: usize, expert: usize) -> Product<'a> {
         let range = expert * rows..(expert + 1) * rows;
@@ -791,7 +797,11 @@ fn glu(
     [mut gate, mut up]: [PanelMut<'_>; 2],
 ) {
     input.product(isa, &gate_product, token, first, &mut gate);
-    input.product(isa, &up_product, token, first, &mut up);
+    if gate_product.is(&up_product) {
+        (0..gate.rows()).for_each(|t| up.row(t).copy_from_slice(gate.row(t)));
+    } else {
+        input.product(isa, &up_product, token, first, &mut up);
+    }
     let mut gates = [0.0; GLU_ELEMENTS];
     for t in 0..gate.rows() {
         for (out, up) in gate.row(t).chunks_mut(GLU_ELEMENTS).zip(up.row(t).chunks(GLU_ELEMENTS)) {
