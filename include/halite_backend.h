@@ -179,6 +179,10 @@
 // Row 0 for every token.
 #define HALITE_INDEX_FIRST 2
 
+// The number of tokens `separator` before the token in its span, at most the table's last row. A span that does not start at position
+// 0 is HALITE_ARGUMENT.
+#define HALITE_INDEX_PART 3
+
 // `x / sqrt(mean(x^2) + eps)`.
 #define HALITE_NORM_RMS 0
 
@@ -392,10 +396,12 @@ typedef uint32_t HaliteOpKind;
 // `out[t] = scale * table[row of t]`. A row beyond the table is HALITE_ARGUMENT.
 typedef struct HaliteEmbed {
   uint32_t table;
-  // Which row: HALITE_INDEX_TOKEN, HALITE_INDEX_POSITION or HALITE_INDEX_FIRST.
+  // Which row: HALITE_INDEX_TOKEN, HALITE_INDEX_POSITION, HALITE_INDEX_FIRST or HALITE_INDEX_PART.
   uint32_t index;
   uint32_t out;
   float scale;
+  // For HALITE_INDEX_PART: the id of the token that ends a part of a text, and belongs to it.
+  uint32_t separator;
 } HaliteEmbed;
 
 // Copies the rows of the tokens in HaliteStep::outputs.

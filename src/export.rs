@@ -385,6 +385,7 @@ impl<'a> Exporter<'a> {
                     Index::Token => record::Index::Token,
                     Index::Position => record::Index::Position,
                     Index::First => record::Index::First,
+                    Index::Part { .. } => return Err(self.unsupported("tables by parts of a text".into())),
                 };
                 ImageOp::Embed { table, index, out, scale }
             }

@@ -330,6 +330,12 @@ pub enum Index {
     Position,
     /// Row 0 for every token.
     First,
+    /// The number of tokens `separator` before the token in its span, at most the table's last row: the part of a text of several
+    /// parts, such as a query and a document (BERT's token types). A span that does not start at position 0 is an error.
+    Part {
+        /// The id of the token that ends a part, and belongs to it.
+        separator: u32,
+    },
 }
 
 /// Groups of experts, each of consecutive ones (DeepSeek-AI 2024): a token chooses from the groups whose two largest values have

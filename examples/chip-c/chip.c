@@ -249,7 +249,7 @@ static void check_pairing(Check *check, const HaliteRotation *rotation) {
 }
 
 static void check_embed(Check *check, const HaliteEmbed *op) {
-    check_number(check, "index", op->index, HALITE_INDEX_FIRST);
+    check_number(check, "index", op->index, HALITE_INDEX_PART);
     check_weight(check, op->table);
 }
 
@@ -597,11 +597,24 @@ static void decode(Run *run, Tensor table, uint32_t row, float *out) {
         run->status = say(run->message, status, "the host cannot decode format %" PRIu32, table.format);
 }
 
+/* The separators before a token in its span, which starts at position 0; at most the table's last row. */
+static uint32_t part(Run *run, const HaliteEmbed *op, uint32_t token) {
+    uint32_t position = run->plan->tokens[token].position, last = find(run, op->table).rows - 1, count = 0;
+    if (position > token || run->plan->tokens[token - position].position > 0) {
+        run->status = say(run->message, HALITE_ARGUMENT, "a text of parts does not start at position 0");
+        return 0;
+    }
+    for (uint32_t before = token - position; before < token; before++)
+        count += run->step->tokens[before] == op->separator;
+    return count < last ? count : last;
+}
+
 /* The row of the table that a token takes. */
-static uint32_t embed_index(const Run *run, const HaliteEmbed *op, uint32_t token) {
+static uint32_t embed_index(Run *run, const HaliteEmbed *op, uint32_t token) {
     switch (op->index) {
     case HALITE_INDEX_TOKEN: return run->step->tokens[token];
     case HALITE_INDEX_POSITION: return run->plan->tokens[token].position;
+    case HALITE_INDEX_PART: return part(run, op, token);
     default: /* HALITE_INDEX_FIRST */ return 0;
     }
 }

@@ -255,8 +255,8 @@ pub struct HostStep<'a> {
     pub span: &'a [u32],
     /// The position of each token.
     pub positions: &'a [u32],
-    /// A zero for each token.
-    pub zeros: &'a [u32],
+    /// The row of each token in the table of an op whose index is neither its id nor its position.
+    pub rows: &'a [u32],
 }
 
 impl<'a> HostStep<'a> {
@@ -297,7 +297,8 @@ impl<'a> HostStep<'a> {
         let (what, indices) = match index {
             Index::Token => ("token id", self.step.tokens),
             Index::Position => ("position", self.positions),
-            Index::First => ("row", self.zeros),
+            Index::First => ("row", self.rows),
+            Index::Part { .. } => ("part", self.rows),
         };
         match indices.iter().find(|&&i| i as usize >= rows) {
             Some(&bad) => Err(Error::argument(what, format!("below {rows}"), bad)),
@@ -593,11 +594,11 @@ pub struct HostPlan<K> {
     timing: Timing,
 }
 
-/// The span and position of each token of a step: the memory behind [`HostStep`].
+/// The span and position of each token of a step, and its row in the table of an op: the memory behind [`HostStep`].
 struct Tokens {
     spans: Vec<u32>,
     positions: Vec<u32>,
-    zeros: Vec<u32>,
+    rows: Vec<u32>,
 }
 
 impl Tokens {
@@ -606,7 +607,7 @@ impl Tokens {
         Ok(Tokens {
             spans: reserved(max_tokens.into(), "the places of tokens")?,
             positions: reserved(max_tokens.into(), "the places of tokens")?,
-            zeros: zeroed(max_tokens.into(), "the places of tokens")?,
+            rows: reserved(max_tokens.into(), "the places of tokens")?,
         })
     }
 
@@ -623,9 +624,24 @@ impl Tokens {
     }
 
     /// Returns the step, which [`Tokens::place`] has recorded, for an op.
-    fn step<'a>(&'a self, program: &'a Program, op: &'a Op, step: &'a Step<'a>) -> HostStep<'a> {
-        let zeros = self.zeros.get(..step.tokens.len()).unwrap_or(&[]);
-        HostStep { program, op, step, span: &self.spans, positions: &self.positions, zeros }
+    ///
+    /// # Errors
+    /// As [`Step::parts`].
+    fn step<'a>(&'a mut self, program: &'a Program, op: &'a Op, step: &'a Step<'a>) -> Result<HostStep<'a>> {
+        match op {
+            Op::Embed { index: Index::First, .. } => {
+                self.rows.clear();
+                self.rows.resize(step.tokens.len(), 0);
+            }
+            Op::Embed { index: Index::Part { separator }, table, .. } => {
+                let rows = passes::rows(program.tensor(*table).rows, 0, 0);
+                self.rows.clear();
+                self.rows.extend(step.parts(*separator, rows as usize)?);
+            }
+            _ => {}
+        }
+        let (span, positions, rows) = (&self.spans[..], &self.positions[..], &self.rows[..]);
+        Ok(HostStep { program, op, step, span, positions, rows })
     }
 }
 
@@ -918,7 +934,7 @@ pub(super) fn run_on_copies<K: Kernels>(
     tokens.place(step);
     let ids = op.try_map(|t, _| Ok::<_, Error>(t.id), |s, _| Ok(s.id))?;
     let name = &backend.caps().name;
-    let host_step = tokens.step(program, &ids, step);
+    let host_step = tokens.step(program, &ids, step)?;
     guarded(name, op.name(), || {
         let mut copy = op.try_map(
             |operand, access| copied_tensor(backend, program, operand, access, step),
@@ -979,7 +995,7 @@ impl<K: Kernels> HostPlan<K> {
             if step.cancel.is_cancelled() {
                 return Err(Error::Cancelled);
             }
-            let step = self.tokens.step(&program, op, step);
+            let step = self.tokens.step(&program, op, step)?;
             execute(&self.bound, &mut self.kernels, prepared, &step, bindings)?;
             if let Op::Experts { .. } = op {
                 read_ahead()?;

@@ -278,6 +278,33 @@ pub struct Step<'a> {
     pub cancel: &'a Cancel,
 }
 
+impl Step<'_> {
+    /// Returns the row of each token in a table of `rows` rows for [`Index::Part`](crate::program::Index::Part).
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if a span does not start at position 0.
+    pub fn parts(&self, separator: u32, rows: usize) -> Result<impl Iterator<Item = u32> + '_> {
+        if let Some(span) = self.spans.iter().find(|span| span.start > 0) {
+            return Err(Error::argument("position of a text of parts", 0, span.start));
+        }
+        let last = rows.saturating_sub(1);
+        let starts = self.spans.iter().scan(0, |next, span| {
+            let start = *next;
+            *next += span.len as usize;
+            Some((start, *next))
+        });
+        let parts = starts.flat_map(move |(start, end)| {
+            let tokens = self.tokens.get(start..end).unwrap_or(&[]);
+            tokens.iter().scan(0, move |part, &token| {
+                let row = *part;
+                *part = (row + usize::from(token == separator)).min(last);
+                Some(row as u32)
+            })
+        });
+        Ok(parts)
+    }
+}
+
 /// Maximum sizes of a plan's steps. Memory is reserved once, so that no step allocates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {

@@ -317,6 +317,7 @@ fn matmuls(cases: &mut Cases) {
     for format in [Format::F32, Format::Q8_0] {
         let name = format!("Embed {} by position", format.name());
         let weights = [("table", format, vec![96, 70])];
+        let weights_of_parts = [("table", format, vec![96, 3])];
         cases.add(name, &weights, &[&[(0, 3), (66, 4)]], 1e-10, |b| {
             let table = b.weight("table", 70, 96);
             let y = b.embed(table, Index::Position, 1.0);
@@ -326,6 +327,13 @@ fn matmuls(cases: &mut Cases) {
         cases.add(name, &weights, &[&[(0, 3), (66, 4)]], 1e-10, |b| {
             let table = b.weight("table", 70, 96);
             let y = b.embed(table, Index::First, 1.0);
+            b.output(y);
+        });
+        // Texts of several parts, more than the table has rows among them.
+        let name = format!("Embed {} by part", format.name());
+        cases.add(name, &weights_of_parts, &[&[(0, 40), (0, 24)], &[(0, 3)]], 1e-10, |b| {
+            let table = b.weight("table", 3, 96);
+            let y = b.embed(table, Index::Part { separator: 1 }, 1.0);
             b.output(y);
         });
     }

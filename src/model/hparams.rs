@@ -144,6 +144,8 @@ pub struct Hparams {
     pub label_count: u32,
     /// Number of token types (segments) of an encoder.
     pub token_type_count: Option<u32>,
+    /// The token that ends a text of a pair.
+    pub separator_token: Option<u32>,
     /// Format of the KV cache, set by the caller.
     pub kv_format: Format,
     /// Positions of the KV cache, set by the caller. They select the factors of LongRoPE.
@@ -501,6 +503,8 @@ impl Hparams {
             pooling_type: pooling_type(gguf, &architecture)?,
             label_count: ranged("classifier.output_labels", labels, MAX_EXTENT)?,
             token_type_count: gguf.optional_u32("tokenizer.ggml.token_type_count")?,
+            // The format misspells the key.
+            separator_token: gguf.optional_u32("tokenizer.ggml.seperator_token_id")?,
             kv_format: Format::F16,
             positions: context_length,
             architecture,

@@ -171,20 +171,23 @@ impl<'n, 'b> Network<'n, 'b> {
         self.b.embed(table, Index::Position, 1.0)
     }
 
-    /// The embedding of token type 0, the type of all tokens of a single text.
+    /// The embedding of the token's type: 0 in a single text, and in rerankers the part of the text that it belongs to.
     pub fn embed_type(&mut self) -> TensorId {
         let h = self.h;
         let types = h.token_type_count.unwrap_or_else(|| {
             self.b.fail("key `tokenizer.ggml.token_type_count` is missing".into());
             1
         });
-        if h.pooling_type == Some(Pooling::Rank) && types > 1 {
-            self.b.fail(format!(
-                "rerankers: token types are supported as far as there is one for query and document, got {types}"
-            ));
-        }
+        let index = match (h.pooling_type, h.separator_token) {
+            (Some(Pooling::Rank), Some(separator)) if types > 1 => Index::Part { separator },
+            (Some(Pooling::Rank), None) if types > 1 => {
+                self.b.fail("key `tokenizer.ggml.seperator_token_id` is missing: it ends the query".into());
+                Index::First
+            }
+            _ => Index::First,
+        };
         let table = self.weight("token_types.weight", types, h.embedding_length);
-        self.b.embed(table, Index::First, 1.0)
+        self.b.embed(table, index, 1.0)
     }
 
     /// The family's norm over whole rows.

@@ -243,6 +243,7 @@ impl GpuPlan {
                     let last = |span: &Span<'_>| (span.start + span.len).checked_sub(1);
                     ("position", step.spans.iter().filter_map(last).max())
                 }
+                Index::Part { separator } => ("part", step.parts(*separator, rows as usize)?.max()),
                 _ => continue,
             };
             if let Some(bad) = largest.filter(|&i| i >= rows) {

@@ -225,10 +225,12 @@ pub const HALITE_OP_MIX: u32 = 26;
 #[derive(Clone, Copy)]
 pub struct HaliteEmbed {
     pub table: u32,
-    /// Which row: HALITE_INDEX_TOKEN, HALITE_INDEX_POSITION or HALITE_INDEX_FIRST.
+    /// Which row: HALITE_INDEX_TOKEN, HALITE_INDEX_POSITION, HALITE_INDEX_FIRST or HALITE_INDEX_PART.
     pub index: u32,
     pub out: u32,
     pub scale: f32,
+    /// For HALITE_INDEX_PART: the id of the token that ends a part of a text, and belongs to it.
+    pub separator: u32,
 }
 /// The token's id.
 pub const HALITE_INDEX_TOKEN: u32 = 0;
@@ -236,6 +238,9 @@ pub const HALITE_INDEX_TOKEN: u32 = 0;
 pub const HALITE_INDEX_POSITION: u32 = 1;
 /// Row 0 for every token.
 pub const HALITE_INDEX_FIRST: u32 = 2;
+/// The number of tokens `separator` before the token in its span, at most the table's last row. A span that does not start at position
+/// 0 is HALITE_ARGUMENT.
+pub const HALITE_INDEX_PART: u32 = 3;
 
 /// Copies the rows of the tokens in HaliteStep::outputs.
 #[repr(C)]

@@ -262,13 +262,14 @@ fn encode(
     };
     let (kind, operands) = match op {
         Op::Embed { table, index, out, scale } => {
-            let index = match index {
-                Index::Token => HALITE_INDEX_TOKEN,
-                Index::Position => HALITE_INDEX_POSITION,
-                Index::First => HALITE_INDEX_FIRST,
+            let (index, separator) = match *index {
+                Index::Token => (HALITE_INDEX_TOKEN, 0),
+                Index::Position => (HALITE_INDEX_POSITION, 0),
+                Index::First => (HALITE_INDEX_FIRST, 0),
+                Index::Part { separator } => (HALITE_INDEX_PART, separator),
                 other => return Err(NotInAbi(format!("the index {other:?}"))),
             };
-            let embed = HaliteEmbed { table: table.0, index, out: out.0, scale: *scale };
+            let embed = HaliteEmbed { table: table.0, index, out: out.0, scale: *scale, separator };
             (HALITE_OP_EMBED, HaliteOperands { embed })
         }
         Op::Gather { x, out } => {

@@ -317,7 +317,7 @@ fn units(
         };
         let mut op: HostOp<'_> = op.try_map(tensor, |_, _| Err(unknown(command)))?;
         let tokens = ProgramStep { tokens: &own, outputs: &own, ..*step.step };
-        let step = HostStep { step: &tokens, positions: &positions, zeros: &own, ..*step };
+        let step = HostStep { step: &tokens, positions: &positions, rows: &own, ..*step };
         kernels.run(&mut op, &step)?;
     }
     if !matches!(op, Op::Route { .. }) {

@@ -259,6 +259,9 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 Index::Token => step.tokens.to_vec(),
                 Index::Position => step.spans.iter().flat_map(|s| s.start..s.start + s.len).collect(),
                 Index::First => vec![0; step.tokens.len()],
+                Index::Part { separator } => {
+                    step.parts(*separator, passes::rows(t.rows, 0, 0) as usize)?.collect()
+                }
                 _ => return Err(unsupported(op, index)),
             };
             let run = run(t.cols, t.format.block_len() as u32);

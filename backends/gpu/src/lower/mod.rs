@@ -169,13 +169,20 @@ impl Tuning {
 }
 
 /// Returns the function `row_of(token)`; `None` if it is not supported.
-fn row_of(index: Index) -> Option<&'static str> {
-    match index {
-        Index::Token => Some("fn row_of(token: u32) -> u32 { return token_id(token); }"),
-        Index::Position => Some("fn row_of(token: u32) -> u32 { return position(token); }"),
-        Index::First => Some("fn row_of(token: u32) -> u32 { return 0u; }"),
-        _ => None,
-    }
+fn row_of(index: Index, rows: u32) -> Option<String> {
+    let body = match index {
+        Index::Token => "return token_id(token);".into(),
+        Index::Position => "return position(token);".into(),
+        Index::First => "return 0u;".into(),
+        Index::Part { separator } => format!(
+            "var part = 0u;
+            for (var i = token - position(token); i < token; i++) {{ if token_id(i) == {separator}u {{ part++; }} }}
+            return min(part, {}u);",
+            rows.saturating_sub(1)
+        ),
+        _ => return None,
+    };
+    Some(format!("fn row_of(token: u32) -> u32 {{ {body} }}"))
 }
 
 /// Returns why an op cannot run, if it cannot.
@@ -227,7 +234,7 @@ pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<Str
             why = Some(format!("more than the {} largest elements", TOP_K_PIECE / 2));
         }
         Op::Unary { f, .. } if unary(*f).is_none() => why = Some(format!("{f:?}")),
-        Op::Embed { index, .. } if row_of(*index).is_none() => why = Some(format!("index {index:?}")),
+        Op::Embed { index, .. } if row_of(*index, 1).is_none() => why = Some(format!("index {index:?}")),
         Op::Norm { kind, .. } | Op::Spread { kind, .. }
             if !matches!(kind, NormKind::Rms | NormKind::Layer) =>
         {
@@ -577,6 +584,7 @@ impl Lowering<'_> {
 
     fn embed(&mut self, table: TensorId, index: Index, out: TensorId, scale: f32) {
         let t = self.program.tensor(table);
+        let Dim::Fixed(rows) = t.rows else { return };
         let four = match t.format.kind() {
             Kind::Float => wgsl!("lib/four_plain"),
             Kind::Quantised { .. } => wgsl!("lib/four_quantised"),
@@ -587,7 +595,7 @@ impl Lowering<'_> {
                 .matrix(shader, table, &shard)
                 .write("out", "f32", self.tensor(out))
                 .u32("FIRST", shard.first)
-                .with(row_of(index).unwrap_or_default())
+                .with(&row_of(index, rows).unwrap_or_default())
                 .f32("SCALE", scale)
                 .with(four)
                 .with(wgsl!("embed"));
