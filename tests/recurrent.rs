@@ -14,8 +14,8 @@ const VOCAB: usize = 160;
 
 /// A short convolution, and the delta rule beside attention, with decays of heads and of rows, and one
 /// value a head.
-fn models() -> [Arc<Model>; 4] {
-    ["lfm2", "qwen35", "kimi-linear", "mamba"]
+fn models() -> [Arc<Model>; 5] {
+    ["lfm2", "qwen35", "kimi-linear", "mamba", "granitehybrid"]
         .map(|name| Arc::new(Model::open(golden::committed().join(format!("families/{name}.gguf"))).unwrap()))
 }
 
