@@ -3,6 +3,7 @@
 
 mod bpe;
 mod literals;
+mod plamo;
 pub(crate) mod pretokenize;
 mod spm;
 mod trie;
@@ -55,6 +56,7 @@ enum Algorithm {
     Bpe(bpe::Bpe),
     WordPiece(wordpiece::WordPiece),
     Unigram(unigram::Unigram),
+    Plamo(plamo::Plamo),
 }
 
 /// A tokenizer algorithm with its special tokens, and whether they are added by default.
@@ -265,10 +267,16 @@ impl Tokenizer {
                 let (bos, eos) = (special("bos", None)?, special("eos", or(1))?);
                 Kind { algorithm: Algorithm::Unigram(unigram), bos, eos, add_bos: false, add_eos: true }
             }
+            "plamo2" => {
+                let algorithm = Algorithm::Plamo(plamo::Plamo::new(&vocabulary)?);
+                let (bos, eos) = (special("bos", or(1))?, special("eos", or(2))?);
+                Kind { algorithm, bos, eos, add_bos: false, add_eos: false }
+            }
             other => {
                 let other = printable(other.as_bytes());
-                let message =
-                    format!("tokenizer model {other} is not supported (llama, gpt2, gemma4, bert, t5, none)");
+                let message = format!(
+                    "tokenizer model {other} is not supported (llama, gpt2, gemma4, bert, t5, plamo2, none)"
+                );
                 return Err(Error::Tokenizer(message));
             }
         };
@@ -287,8 +295,8 @@ impl Tokenizer {
         if has("<|return|>") && has("<|call|>") || has("<|calls|>") && has("<|flush|>") {
             ends.retain(|&id| vocabulary.text(id) != b"<|end|>");
         }
-        // In Gemma 4's, `</s>` is an HTML tag.
-        if has("<|tool_response>") {
+        // In Gemma 4's and PLaMo's, `</s>` is an HTML tag.
+        if has("<|tool_response>") || has("<|plamo:eos|>") {
             ends.retain(|&id| vocabulary.text(id) != b"</s>");
         }
         ends.sort_unstable();
@@ -433,6 +441,7 @@ impl Tokenizer {
             Algorithm::Bpe(bpe) => bpe.encode(text, &self.vocabulary, out),
             Algorithm::WordPiece(wordpiece) => wordpiece.encode(text, &self.vocabulary, out),
             Algorithm::Unigram(unigram) => unigram.encode(text, first, &self.vocabulary, out),
+            Algorithm::Plamo(plamo) => plamo.encode(text, &self.vocabulary, out),
         }
     }
 
@@ -466,6 +475,8 @@ impl Tokenizer {
             (_, Algorithm::Spm(spm)) => spm.decode(id, text, out),
             (_, Algorithm::Bpe(bpe)) => bpe.decode(id, text, out),
             (_, Algorithm::WordPiece(_) | Algorithm::Unigram(_)) => vocabulary::unescape(text, out),
+            (TokenKind::Byte, Algorithm::Plamo(_)) => out.extend(spm::byte_of(text)),
+            (_, Algorithm::Plamo(_)) => out.extend_from_slice(text),
         }
     }
 
@@ -483,7 +494,7 @@ impl Tokenizer {
     pub fn adds_space_prefix(&self) -> bool {
         match &self.algorithm {
             Algorithm::Spm(spm) => spm.add_space_prefix,
-            Algorithm::Bpe(_) => false,
+            Algorithm::Bpe(_) | Algorithm::Plamo(_) => false,
             Algorithm::WordPiece(_) => true,
             Algorithm::Unigram(unigram) => unigram.add_space_prefix,
         }

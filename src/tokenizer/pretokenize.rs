@@ -37,6 +37,24 @@ macro_rules! llama3 {
         )
     };
 }
+/// What cuts runs of spaces into the longest power of two that leaves one to the next word (Jais 2).
+macro_rules! powers {
+    () => {
+        concat!(
+            r"|\s{512}(?!\S)|\s{256}(?!\S)|\s{128}(?!\S)|\s{64}(?!\S)|\s{32}(?!\S)|\s{16}(?!\S)|\s{8}(?!\S)|\s{4}(?!\S)",
+            r"|\s{1,2}(?!\S)|\s{1}"
+        )
+    };
+}
+macro_rules! jais_2 {
+    () => {
+        concat!(
+            r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}",
+            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+",
+            powers!()
+        )
+    };
+}
 /// Words split between lower and upper case. The arguments are a suffix (Mistral's Tekken has none) and the
 /// repetition of digits.
 macro_rules! cased {
@@ -116,6 +134,7 @@ const KINDS: &[Kind] = &[
         add_bos: true,
         ..PLAIN
     },
+    Kind { names: &["jais-2"], patterns: &[jais_2!()], ..PLAIN },
     Kind { names: &["dbrx", "smaug-bpe", "chatglm-bpe"], patterns: &[llama3!("{1,3}")], ..PLAIN },
     Kind { names: &["glm4", "glm5"], patterns: &[llama3!("{1,3}")], ignore_merges: true, ..PLAIN },
     Kind {
@@ -263,6 +282,9 @@ pub(crate) fn name_of(patterns: &[String], ignore_merges: bool) -> Option<&'stat
 
 /// The part of patterns that leaves the last of several spaces to the next word, if there is one.
 const SPACES: &str = r"|\s+(?!\S)";
+/// The same in powers of two, and the largest of them.
+const POWERS: &str = powers!();
+const LARGEST_POWER: usize = 512;
 
 /// Splits text into words.
 #[derive(Debug)]
@@ -304,19 +326,24 @@ impl Pretokenizer {
 /// look-ahead needs, would exceed its limits in long runs of spaces.
 #[derive(Debug)]
 struct Pattern {
-    /// The pattern without [`SPACES`] at its end, and, if it had that, a pattern for runs of spaces.
+    /// The pattern without [`SPACES`] or [`POWERS`] at its end, and, if it had that, a pattern for runs of spaces.
     regex: Regex,
+    /// Whether it had [`POWERS`].
+    in_powers: bool,
 }
 
 impl Pattern {
     fn new(pattern: &str) -> Result<Pattern, Box<regex_automata::meta::BuildError>> {
         // A remaining single space is a match or lies between matches, which gives the same words.
         let words = pattern.strip_suffix(r"|\s+").unwrap_or(pattern).strip_suffix(SPACES);
-        let regex = match words {
-            Some(words) => Regex::new_many(&[words, r"\s+"]),
-            None => Regex::new(pattern),
+        let in_powers = pattern.strip_suffix(POWERS);
+        let regex = match (words, in_powers) {
+            (Some(words), _) => Regex::new_many(&[words, r"\s+"]),
+            // One more than the largest, which says that a space follows it.
+            (_, Some(words)) => Regex::new_many(&[words, r"\s{1,513}"]),
+            _ => Regex::new(pattern),
         };
-        Ok(Pattern { regex: regex? })
+        Ok(Pattern { regex: regex?, in_powers: in_powers.is_some() })
     }
 
     /// Finds the first match from a byte of the text on.
@@ -326,11 +353,16 @@ impl Pattern {
         let here = self.regex.find(input.clone().anchored(Anchored::Yes));
         let found = here.or_else(|| self.regex.find(input))?;
         let (start, mut end) = (found.start(), found.end());
-        if found.pattern().as_usize() == 1 && end < text.len() {
-            let last = text[start..end].chars().next_back().map_or(0, char::len_utf8);
-            if start + last < end {
-                end -= last;
-            }
+        if found.pattern().as_usize() == 1 {
+            let spaces = text[start..end].chars().count();
+            // The last one belongs to the next word.
+            let left = spaces - usize::from(end < text.len() && spaces > 1);
+            let taken = if self.in_powers {
+                LARGEST_POWER.min((left + 1).next_power_of_two() / 2).max(1)
+            } else {
+                left
+            };
+            end = text[start..end].char_indices().nth(taken).map_or(end, |(at, _)| start + at);
         }
         Some(start..end)
     }
@@ -390,7 +422,8 @@ mod tests {
             let text = " ".repeat(1_100_000) + "two";
             let (mut words, mut bytes) = (0, 0);
             pre.split(&text, &mut |word| (words, bytes) = (words + 1, bytes + word.len()));
-            assert_eq!((words <= 3, bytes), (true, text.len()), "{name}");
+            let most = if pre.patterns[0].in_powers { text.len() / LARGEST_POWER + 10 } else { 3 };
+            assert_eq!((words <= most, bytes), (true, text.len()), "{name}");
         }
     }
 
@@ -411,6 +444,7 @@ mod tests {
             ("deepseek-v3", &["HelloWorld", "'s", " ", "123", "45", "!/\n"]),
             ("qwen35", &["HelloWorld", "'s", " ", "1", "2", "3", "4", "5", "!/\n"]),
             ("gemma4", &["HelloWorld's 12345!/", "\n"]),
+            ("jais-2", &["HelloWorld", "'s", " ", "123", "45", "!/\n"]),
             ("kimi-k2", &["Hello", "World's", " ", "123", "45", "!/\n"]),
             ("bloom", &["HelloWorld's", " 12345", "!", "/", "\n"]),
         ] {

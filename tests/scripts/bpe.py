@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes small vocabularies of byte-pair encoding and the ids that llama.cpp gives to texts, which tests/tokenizers.rs reads.
+"""Writes small vocabularies of byte-pair encoding, and one of PLaMo's kind, and the ids that llama.cpp gives to texts, which
+tests/tokenizers.rs reads.
 
     pip install gguf
     bpe.py PROGRAM                    PROGRAM is llama_ids.cpp's
@@ -26,10 +27,11 @@ from unicode import RECENT
 DATA = pathlib.Path(__file__).resolve().parents[1] / "data"
 TEXTS = 250
 MERGES = 1200
+LONGEST = 64
 # Written out, because the random texts have few of them.
 MORE = ["", "Hello  WORLD's tokenIZER, it'LL be 12345.\n\n", "\n\n\n", " \n \n", "a/b //\n\r\n/x", "x = {y: [1234567, -8]};\t\t// done",
-        "क्षि हिन्दी e\u0301tude", "नमस्ते。你好，世界、テスト한국어…(a|b)", "\u00a0\u3000 \u2581 <0x0A>"]
-KINDS = ["qwen35", "exaone-moe", "minicpm5", "laguna", "youtu", "kimi-k2", "bloom", "viking", "minimax-m2"]
+        "क्षि हिन्दी e\u0301tude", *(" " * n + "x" + " " * n for n in (2, 3, 4, 5, 8, 9, 16, 17, 513, 514)), "नमस्ते。你好，世界、テスト한국어…(a|b)", "\u00a0\u3000 \u2581 <0x0A>"]
+KINDS = ["qwen35", "exaone-moe", "minicpm5", "laguna", "youtu", "kimi-k2", "bloom", "viking", "minimax-m2", "jais-2"]
 CASED = ["youtu", "kimi-k2", "minimax-m2"]
 
 
@@ -50,7 +52,7 @@ def merges(words, count):
     """The most frequent pairs, one after the other, as in Sennrich et al. (2016)."""
     words, found = [list(word) for word in words], []
     for _ in range(count):
-        pairs = collections.Counter(pair for word in words for pair in zip(word, word[1:]))
+        pairs = collections.Counter(pair for word in words for pair in zip(word, word[1:]) if len("".join(pair)) <= LONGEST)
         pair = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
         if pairs[pair] < 2:
             break
@@ -64,14 +66,17 @@ def merges(words, count):
     return found
 
 
-def write(path, model, pre, tokens, kinds, pairs):
+def write(path, model, pre, tokens, kinds, pairs, scores=None):
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model(model)
     if pre:
         writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    writer.add_token_merges([" ".join(pair) for pair in pairs])
+    if scores:
+        writer.add_token_scores(scores)
+    else:
+        writer.add_token_merges([" ".join(pair) for pair in pairs])
     writer.add_bos_token_id(tokens.index("<bos>"))
     writer.add_eos_token_id(tokens.index("<eos>"))
     writer.write_header_to_file()
@@ -119,6 +124,14 @@ def main():
     kinds = [3 if token in special else 6 if token in all_bytes else 1 for token in tokens]
     write(out / "text.gguf", "gemma4", None, tokens, kinds, pairs)
     ids("gemma4", out / "text.gguf")
+
+    # PLaMo's scores are log-probabilities; here, some are equal, so that the longer token is chosen.
+    pieces = known + ["".join(pair) for pair in merges(texts, MERGES // 2)]
+    tokens = list(dict.fromkeys(["<unk>", *special, "<pad>", *all_bytes, *pieces]))
+    kinds = [2 if token == "<unk>" else 3 if token in special + ["<pad>"] else 6 if token in all_bytes else 1 for token in tokens]
+    scores = [-8.0 - (0.25 * (at % 7) if kind == 1 else 0.0) for at, kind in enumerate(kinds)]
+    write(out / "plamo2.gguf", "plamo2", None, tokens, kinds, [], scores)
+    ids("plamo2", out / "plamo2.gguf")
 
 
 if __name__ == "__main__":
