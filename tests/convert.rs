@@ -13,10 +13,10 @@ use halite::convert::convert;
 use halite::embed::{EmbedOptions, Embedder};
 use halite::kernels::formats::Format;
 use halite::map::Source;
-use halite::model::ProgramOptions;
+use halite::model::{Pooling, ProgramOptions};
 use halite::session::{OutputKind, OutputTokens, Run, Session, SessionOptions};
 use halite::tokenizer::{EncodeOptions, TokenKind};
-use halite::{Error, Model, Tokenizer};
+use halite::{Error, Model, Tokenizer, rank};
 use serde_json::{Value, json};
 
 const FAMILIES: &[&str] = &[
@@ -57,6 +57,19 @@ const FAMILIES: &[&str] = &[
     "starcoder2",
 ];
 
+const ENCODERS: &[&str] = &[
+    "bert-unigram",
+    "embedding_gemma",
+    "modernbert",
+    "nomic_bert",
+    "qwen3-embedding",
+    "roberta",
+    "xlm-roberta",
+];
+
+const RERANKERS: &[&str] =
+    &["bert-rank", "qwen3-reranker", "qwen3-reranker-scores", "qwen3-reranker-untied", "xlm-roberta-rank"];
+
 fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/convert").join(name)
 }
@@ -79,11 +92,23 @@ fn ids(value: &Value) -> Vec<u32> {
     serde_json::from_value(value.clone()).unwrap()
 }
 
-/// Mean square error over mean square of the logits that are expected of the last positions.
+fn floats(folder: &Path, name: &str) -> Vec<f32> {
+    let bytes = std::fs::read(folder.join(name)).unwrap();
+    bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
+}
+
+/// Mean square error over mean square.
+fn normalised_error(got: &[f32], want: &[f32]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    let square = |x: f64| x * x;
+    let error: f64 = got.iter().zip(want).map(|(&got, &want)| square(f64::from(got) - f64::from(want))).sum();
+    error / want.iter().map(|&want| square(want.into())).sum::<f64>()
+}
+
+/// The error of the logits that are expected of the last positions.
 fn error(folder: &Path, model: &Arc<Model>, backend: &Arc<dyn Backend>) -> f64 {
     let tokens = ids(&json_of(folder, "expected.json")["tokens"]);
-    let want = std::fs::read(folder.join("logits.f32")).unwrap();
-    let want: Vec<f32> = want.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+    let want = floats(folder, "logits.f32");
     let program = ProgramOptions::default().kv_format(Format::F32);
     let count = tokens.len() as u32;
     let options = SessionOptions::default().context(64).batch(count).outputs(count).program(program);
@@ -91,11 +116,7 @@ fn error(folder: &Path, model: &Arc<Model>, backend: &Arc<dyn Backend>) -> f64 {
     let sequence = session.add_sequence();
     session.step(&[Run::new(sequence, &tokens).outputs(OutputTokens::All)], OutputKind::Logits).unwrap();
     let got = session.logits();
-    let got = &got[got.len() - want.len()..];
-    let square = |x: f64| x * x;
-    let error: f64 =
-        got.iter().zip(&want).map(|(&got, &want)| square(f64::from(got) - f64::from(want))).sum();
-    error / want.iter().map(|&want| square(want.into())).sum::<f64>()
+    normalised_error(&got[got.len() - want.len()..], &want)
 }
 
 #[test]
@@ -115,6 +136,49 @@ fn logits_are_those_of_transformers() {
                 "gpt_oss" => 1e-3,
                 _ => 1e-11,
             };
+            if error.is_nan() || error > bound {
+                wrong.push(format!("{name}: {error:.3e}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Vectors of texts, and scores of pairs of them, whose ids are those of the library tokenizers.
+#[test]
+fn vectors_and_scores_are_those_of_transformers() {
+    let backends: [Arc<dyn Backend>; 2] =
+        [Arc::new(Cpu::with_threads(1).unwrap()), Arc::new(Reference::new())];
+    let mut wrong = Vec::new();
+    for name in ENCODERS.iter().chain(RERANKERS) {
+        let folder = folder(name);
+        let model = converted(&folder, Format::F32).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let tokenizer = tokenizer(&model);
+        let mut texts = Vec::new();
+        for row in json_of(&folder, "expected.json")["texts"].as_array().unwrap() {
+            let want = ids(&row[1]);
+            let got = match &row[0] {
+                Value::String(text) => tokenizer.encode(text, EncodeOptions::default().parse_special(true)),
+                Value::Array(pair) => {
+                    let [query, document] = [0, 1].map(|at| pair[at].as_str().unwrap());
+                    rank::tokens(model.gguf(), &tokenizer, query, document).unwrap()
+                }
+                _ => want.clone(),
+            };
+            assert_eq!(got, want, "{name}: {}", row[0]);
+            texts.push(want);
+        }
+        for backend in &backends {
+            let options = EmbedOptions::default().batch(1024);
+            let mut embedder =
+                Embedder::new(&model, backend, &options).unwrap_or_else(|e| panic!("{name}: {e}"));
+            let mut got = embedder.embed_tokens(&texts).unwrap();
+            if embedder.pooling() == Pooling::Rank {
+                got = got.iter().map(|labels| vec![rank::score(labels)]).collect();
+            }
+            let error = normalised_error(&got.concat(), &floats(&folder, "vectors.f32"));
+            // The runtime's GELU by tanh goes through half precision.
+            let bound = if *name == "embedding_gemma" { 1e-6 } else { 1e-11 };
             if error.is_nan() || error > bound {
                 wrong.push(format!("{name}: {error:.3e}"));
             }
@@ -278,7 +342,7 @@ const VOCABULARY: &str = "tokenizer.json";
 fn what_is_not_supported_is_named() {
     let mut wrong = Vec::new();
     for (family, file, pointer, value, says) in [
-        ("llama", CONFIG, "/model_type", json!("rwkv"), "one of bert, cohere2, gemma2"),
+        ("llama", CONFIG, "/model_type", json!("rwkv"), "one of bert, camembert, modernbert"),
         ("llama", CONFIG, "/hidden_act", json!("relu"), "expected silu, got"),
         ("llama", CONFIG, "/quantization_config", json!({}), "quantization_config"),
         ("llama", CONFIG, "/quantization_config", json!({"quant_method": "bitnet"}), "fp8, gptq, awq,"),
@@ -377,7 +441,9 @@ fn what_is_not_supported_is_named() {
         ("granitehybrid", CONFIG, "/position_embedding_type", json!("alibi"), "rope or nope"),
         ("granitehybrid", CONFIG, "/mamba_n_groups", json!(0), "blk.0.ssm_norm"),
         ("granitehybrid", CONFIG, "/mamba_expand", json!(3), "blk.0.ssm_"),
-        ("llama", VOCABULARY, "/model/type", json!("Unigram"), "expected BPE, got Unigram"),
+        ("llama", CONFIG, "/architectures/0", json!("LlamaForSequenceClassification"), "Qwen3-Reranker"),
+        ("gemma2", CONFIG, "/use_bidirectional_attention", json!(true), "expected false, got true"),
+        ("llama", VOCABULARY, "/model/type", json!("WordLevel"), "expected BPE or Unigram, got WordLevel"),
         ("llama", VOCABULARY, "/model/vocab/x", json!(5), "one text for each id"),
         ("llama", VOCABULARY, "/model/vocab/xyz", json!(288), "ids below 288"),
         ("llama", VOCABULARY, "/model/vocab/xyz", json!(-1), "ids below 288"),
@@ -650,6 +716,116 @@ fn what_bert_does_besides_is_named() {
     assert!(left_out.len() == 1 && left_out[0].contains("NFC"), "{left_out:?}");
 }
 
+#[test]
+fn what_encoders_lack_is_named() {
+    const MODULES: &str = "modules.json";
+    const DENSE: &str = "2_Dense/config.json";
+    let mut wrong = Vec::new();
+    for (family, file, pointer, value, says) in [
+        ("xlm-roberta", CONFIG, "/max_position_embeddings", json!(2), "expected more than 2, got 2"),
+        ("xlm-roberta", CONFIG, "/max_position_embeddings", json!(80), "position_embd.weight"),
+        ("xlm-roberta", CONFIG, "/max_position_embeddings", json!(1 << 30), "position_embd.weight"),
+        ("xlm-roberta", CONFIG, "/pad_token_id", json!(u32::MAX), "max_position_embeddings"),
+        ("xlm-roberta", CONFIG, "/hidden_act", json!("relu"), "expected gelu, got"),
+        ("xlm-roberta", VOCABULARY, "/normalizer/type", json!("NFKC"), "Precompiled"),
+        ("xlm-roberta", VOCABULARY, "/normalizer", Value::Null, "Precompiled"),
+        ("xlm-roberta", VOCABULARY, "/normalizer/precompiled_charsmap", json!("?"), "base64"),
+        ("xlm-roberta", VOCABULARY, "/normalizer/precompiled_charsmap", json!("AAAA"), "charsmap"),
+        (
+            "xlm-roberta",
+            VOCABULARY,
+            "/pre_tokenizer/pretokenizers/1/prepend_scheme",
+            json!("first"),
+            "Metaspace",
+        ),
+        ("xlm-roberta", VOCABULARY, "/pre_tokenizer/pretokenizers/0/type", json!("Split"), "WhitespaceSplit"),
+        ("xlm-roberta", VOCABULARY, "/model/byte_fallback", json!(true), "byte_fallback"),
+        ("xlm-roberta", VOCABULARY, "/model/unk_id", json!(9999), "a place in the vocabulary"),
+        ("xlm-roberta", VOCABULARY, "/model/vocab/9/1", json!("1"), "texts with scores"),
+        ("xlm-roberta", VOCABULARY, "/model/vocab/9", json!([]), "texts with scores"),
+        ("xlm-roberta", VOCABULARY, "/added_tokens/4/special", json!(false), "special ones"),
+        ("xlm-roberta-rank", VOCABULARY, "/post_processor/pair", json!([]), "between two texts"),
+        ("xlm-roberta-rank", CONFIG, "/id2label", json!({"0": "a", "1": "b"}), "expected one label"),
+        ("bert-rank", CONFIG, "/type_vocab_size", json!(2), "token types"),
+        ("bert-rank", CONFIG, "/architectures/0", json!("BertModel"), "`classifier.bias` is unknown"),
+        (
+            "bert-unigram",
+            CONFIG,
+            "/architectures/0",
+            json!("BertForSequenceClassification"),
+            "`classifier.weight` is missing",
+        ),
+        (
+            "modernbert",
+            CONFIG,
+            "/architectures/0",
+            json!("ModernBertForSequenceClassification"),
+            "which the family lacks",
+        ),
+        ("modernbert", CONFIG, "/hidden_activation", json!("relu"), "gelu or silu"),
+        ("modernbert", CONFIG, "/layer_types", json!(["full_attention"]), "for each layer"),
+        ("modernbert", CONFIG, "/local_attention", Value::Null, "local_attention"),
+        ("nomic_bert", CONFIG, "/hidden_act", json!("gelu"), "expected silu, got"),
+        ("nomic_bert", CONFIG, "/moe_every_n_layers", json!(2), "moe_every_n_layers"),
+        ("nomic_bert", VOCABULARY, "/model/vocab/xyz", json!(1), "without gaps"),
+        ("embedding_gemma", DENSE, "/bias", json!(true), "expected false, got true"),
+        ("embedding_gemma", DENSE, "/activation_function", json!("torch.nn.Tanh"), "Identity"),
+        ("embedding_gemma", DENSE, "/out_features", json!(32), "dense_2.weight"),
+        ("embedding_gemma", MODULES, "/2/path", json!("../2_Dense"), "a folder of the folder"),
+        ("embedding_gemma", MODULES, "/4/type", json!("models.Dense"), "Normalize as the last one"),
+        ("embedding_gemma", MODULES, "/1/type", json!("models.Dense"), "at most 2 of the kind Dense"),
+        ("embedding_gemma", MODULES, "/2/type", json!("models.LSTM"), "one of Transformer"),
+        ("qwen3-embedding", MODULES, "/2/type", json!("models.Dense"), "one of Transformer"),
+        (
+            "qwen3-embedding",
+            "1_Pooling/config.json",
+            "/pooling_mode_cls_token",
+            json!(true),
+            "pooling_mode_*",
+        ),
+    ] {
+        let copy = Copy::of(family);
+        copy.set(file, pointer, value.clone());
+        wrong.extend(copy.refused(&format!("{family}, {file} {pointer} {value}"), says));
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// The options of Nomic's own configurations, and of newer versions of sentence-transformers.
+#[test]
+fn other_names_of_options_are_known() {
+    let vectors = |folder: &Path| {
+        let model = converted(folder, Format::F32).unwrap();
+        let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(1).unwrap());
+        let mut embedder = Embedder::new(&model, &backend, &EmbedOptions::default()).unwrap();
+        (
+            model.hparams().context_length,
+            embedder.embed(&tokenizer(&model), &["The Work", "a licence"]).unwrap(),
+        )
+    };
+    let copy = Copy::of("nomic_bert");
+    let own = json!({
+        "model_type": "nomic_bert", "n_embd": 24, "n_layer": 2, "n_head": 4, "n_inner": 32, "n_positions": 8192,
+        "max_trained_positions": 2048, "layer_norm_epsilon": 1e-12, "activation_function": "swiglu",
+        "rotary_emb_base": 1000, "rotary_emb_fraction": 1.0, "vocab_size": 288, "type_vocab_size": 2,
+    });
+    std::fs::write(copy.0.join(CONFIG), own.to_string()).unwrap();
+    std::fs::write(copy.0.join("1_Pooling/config.json"), r#"{"pooling_mode": "mean"}"#).unwrap();
+    let ((_, want), (positions, got)) = (vectors(&folder("nomic_bert")), vectors(&copy.0));
+    assert_eq!((positions, got), (2048, want));
+    let copy = Copy::of("modernbert");
+    for (key, value) in [
+        ("layer_types", Value::Null),
+        ("rope_parameters", Value::Null),
+        ("global_rope_theta", json!(160_000.0)),
+        ("local_rope_theta", json!(10_000.0)),
+        ("global_attn_every_n_layers", json!(3)),
+    ] {
+        copy.set(CONFIG, &format!("/{key}"), value);
+    }
+    assert_eq!(vectors(&copy.0), vectors(&folder("modernbert")));
+}
+
 #[cfg(unix)]
 #[test]
 fn no_link_leads_out_of_the_folder() {
@@ -726,7 +902,7 @@ fn in_one(name: &str) -> Option<Vec<u8>> {
 fn write_fuzz_corpus() {
     let to = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/safetensors");
     std::fs::create_dir_all(&to).unwrap();
-    for name in FAMILIES.iter().chain(&["../bert"]) {
+    for name in FAMILIES.iter().chain(ENCODERS).chain(RERANKERS).chain(&["../bert"]) {
         let name_of_file = name.trim_start_matches("../");
         if let Some(bytes) = in_one(name) {
             std::fs::write(to.join(name_of_file), bytes).unwrap();
@@ -748,6 +924,10 @@ fn mutants_of_folders() {
         "qwen3-fp8",
         "qwen3-gptq-order",
         "qwen3-packed",
+        "qwen3-reranker",
+        "modernbert",
+        "nomic_bert",
+        "xlm-roberta-rank",
         "../bert",
     ] {
         let bytes = in_one(name).unwrap();

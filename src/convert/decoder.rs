@@ -4,12 +4,16 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::folder::Json;
+use super::folder::{Json, has, read_text};
+use super::options::{self, Key, Kind, Only};
 use super::part::Scheme;
 use super::rope::Rope;
-use super::{Axis, Plan, ValueHeads, vocabulary};
+use super::sentence::{self, Sentence};
+use super::vocabulary::Task;
+use super::{Axis, Plan, Rows, ValueHeads, encoder, vocabulary};
 use crate::error::Result;
 use crate::gguf::write::Writer;
+use crate::rank;
 
 /// The differences between families.
 struct Family {
@@ -28,30 +32,12 @@ struct Family {
     /// Added to the weights of norms.
     norm_offset: f32,
     window: Window,
+    /// Whether tokens see later ones, too, as `use_bidirectional_attention` says: an encoder.
+    both_ways: bool,
     /// What layers without attention are called in `layer_types`; nothing: all have it.
     recurrent: &'static [&'static str],
     /// Default base of rotary frequencies.
     rope_base: Option<f64>,
-}
-
-/// An option: its key in the GGUF file without the architecture, its alternative keys in the folder, and its
-/// type.
-type Key = (&'static str, &'static [&'static str], Kind);
-
-#[derive(Clone, Copy)]
-enum Kind {
-    U32,
-    F32,
-    Bool,
-}
-
-#[derive(Clone, Copy)]
-enum Only {
-    Text(&'static str),
-    Bool(bool),
-    Number(f64),
-    /// An empty list.
-    Nothing,
 }
 
 /// The layers with a sliding window.
@@ -62,6 +48,9 @@ enum Window {
     /// All layers but the last of each period, unless the config lists the layers.
     Period(u32),
 }
+
+/// Where a folder says in words what it is.
+const README: &str = "README.md";
 
 /// Maximum layers and elements of a head, checked before allocations; the runtime's limits are lower.
 const MAX_EXTENT: u32 = 1 << 16;
@@ -239,6 +228,7 @@ const LLAMA: Family = Family {
     interleaved: true,
     norm_offset: 0.0,
     window: Window::All,
+    both_ways: false,
     recurrent: &[],
     rope_base: None,
 };
@@ -283,6 +273,20 @@ const FAMILIES: &[Family] = &[
         ..GEMMA
     },
     Family { model_type: "gemma3_text", architecture: "gemma3", window: Window::Period(6), ..GEMMA },
+    // EmbeddingGemma.
+    Family {
+        model_type: "gemma3_text",
+        architecture: "gemma-embedding",
+        keys: &[],
+        only: &[
+            ("hidden_activation", Only::Text("gelu_pytorch_tanh")),
+            ("attn_logit_softcapping", Only::Number(0.0)),
+            ("final_logit_softcapping", Only::Number(0.0)),
+        ],
+        window: Window::Period(6),
+        both_ways: true,
+        ..GEMMA
+    },
     Family {
         model_type: "gemma4_text",
         architecture: "gemma4",
@@ -490,18 +494,17 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let text = if seeing { outer.object("text_config")? } else { None };
     let config = text.as_ref().unwrap_or(outer);
     let model_type = config.str("model_type")?;
-    let family = FAMILIES.iter().find(|family| family.model_type == model_type);
+    let both_ways = config.get("use_bidirectional_attention").is_some_and(|value| *value == true);
+    let mut families = FAMILIES.iter().filter(|family| family.model_type == model_type);
+    let family = families.clone().find(|family| family.both_ways == both_ways).or(families.next());
     let family = family.ok_or_else(|| {
-        let known: Vec<&str> = FAMILIES.iter().map(|family| family.model_type).collect();
-        config.wrong("model_type", &format!("one of bert, {}", known.join(", ")), model_type)
+        let decoders = FAMILIES.iter().map(|family| family.model_type);
+        let known: Vec<&str> = encoder::model_types().chain(decoders).collect();
+        config.wrong("model_type", &format!("one of {}", known.join(", ")), model_type)
     })?;
     let scheme = if config.get("quantization_config").is_some() { config } else { outer };
     let scheme = Scheme::of(scheme)?;
-    for (key, only) in family.only {
-        if let Some(value) = config.get(key).filter(|value| !only.is(value)) {
-            return Err(config.wrong(key, &only.to_string(), value));
-        }
-    }
+    options::check(config, family.only)?;
     let architecture = family.architecture;
     w.entry("general.architecture", architecture)?;
     let name = config.value.get("_name_or_path").and_then(Value::as_str).filter(|name| !name.is_empty());
@@ -540,12 +543,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
                 }
                 _ => {}
             }
-            let key = format!("{architecture}.{key}");
-            match kind {
-                Kind::U32 => w.entry(&key, config.u32(from)?)?,
-                Kind::F32 => w.entry(&key, config.f64(from)? as f32)?,
-                Kind::Bool => w.entry(&key, config.bool(from)? == Some(true))?,
-            }
+            kind.write(&format!("{architecture}.{key}"), config, from, w)?;
         }
     }
     let (heads, layers) = (config.u32("num_attention_heads")?, config.u32("num_hidden_layers")?);
@@ -579,9 +577,21 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
             ));
         }
     }
-    let rope = Rope { config, architecture, head_dim, default_base: family.rope_base };
+    let rope = Rope { config, architecture, head_dim, default_base: family.rope_base, default_local: None };
     let vectors = rope.write(w)?;
-    let mut left_out = vocabulary::write(folder, config, w)?;
+    let reranker = Reranker::of(folder, config)?;
+    let embeds = reranker.is_none() && sentence::is_there(folder);
+    let task = if embeds { Task::Embed } else { Task::Generate };
+    let mut left_out = vocabulary::write(folder, config, task, w)?;
+    let mut beside = Vec::new();
+    if embeds {
+        let dense: &[&str] = if family.both_ways { &["dense_2", "dense_3"] } else { &[] };
+        let positions = config.u32("max_position_embeddings")?;
+        let sentence = Sentence { architecture, positions, dense, word_pieces: false };
+        let found = sentence.write(folder, w)?;
+        left_out.extend(found.left_out);
+        beside = found.beside;
+    }
     if architecture == "gpt-oss" {
         left_out.push(
             "YaRN begins and ends at whole pairs, although the folder's `truncate` may say otherwise"
@@ -599,15 +609,18 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         None => outer.bool("tie_word_embeddings")?,
     };
     match tied {
+        // Vectors and scores of a matrix of its own need no output matrix.
+        _ if embeds || matches!(reranker, Some(Reranker::Scores)) => unused.push("lm_head.weight"),
         // Some folders also store the tied output matrix.
         Some(true) => unused.push("lm_head.weight"),
-        Some(false) => required.push("lm_head.weight"),
+        Some(false) => required.push("lm_head.weight".to_owned()),
         None => {}
     }
     let kv_heads = config.optional_u32("num_key_value_heads")?.unwrap_or(heads);
     let matrices = if architecture == "granitehybrid" { scan(config, w)? } else { Vec::new() };
     let mut names = vec![family.names, NAMES];
     match architecture {
+        "gemma-embedding" => names.push(&[("dense_2.linear", "dense_2"), ("dense_3.linear", "dense_3")]),
         "gemma4" => names.push(GEMMA_4),
         "lfm2moe" => names.push(LFM2_EXPERTS),
         "qwen35moe" => names.push(QWEN_3_5_EXPERTS),
@@ -616,6 +629,26 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     if architecture == "granitehybrid" {
         let has_experts = config.optional_u32("num_local_experts")?.is_some_and(|count| count > 0);
         names.push(if has_experts { GRANITE_4_SHARED } else { GRANITE_4_ONLY });
+    }
+    let mut taken = Vec::new();
+    match &reranker {
+        Some(Reranker::Tokens(ids)) => {
+            w.entry(&format!("{architecture}.pooling_type"), 4u32)?;
+            let labels = LABELS.map(str::to_owned);
+            w.entry(&format!("{architecture}.classifier.output_labels"), &labels[..])?;
+            let of = if tied == Some(true) { "token_embd.weight" } else { "cls.output.weight" };
+            names.insert(0, HEAD);
+            taken.push(("cls.output.weight", of, Rows::Of(ids.clone())));
+        }
+        Some(Reranker::Scores) => {
+            encoder::classification_head(config, architecture, w)?;
+            names.insert(0, HEAD);
+        }
+        None => {}
+    }
+    if reranker.is_some() {
+        w.entry("tokenizer.chat_templates", &["rerank".to_owned()][..])?;
+        w.entry(rank::TEMPLATE, RERANK)?;
     }
     let has_delta_net = matches!(architecture, "qwen35" | "qwen35moe");
     let by_value_head = if has_delta_net { value_heads(config, architecture, w)? } else { Vec::new() };
@@ -630,10 +663,61 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         interleaved: if family.interleaved { interleaved } else { Vec::new() },
         by_value_head,
         matrices,
+        taken,
+        beside,
         norm_offset: family.norm_offset,
         vectors,
         left_out,
     })
+}
+
+/// How Qwen3-Reranker scores a pair of texts.
+enum Reranker {
+    /// By the rows of two tokens in the output matrix.
+    Tokens(Vec<usize>),
+    /// By a matrix of its own.
+    Scores,
+}
+
+/// Qwen3-Reranker's answers, which are the labels of its scores, and the prompt that it was trained with.
+const LABELS: [&str; 2] = ["yes", "no"];
+const RERANK: &str = "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the \
+Instruct provided. Note that the answer can only be \"yes\" or \"no\".<|im_end|>\n<|im_start|>user\n<Instruct>: Given a web \
+search query, retrieve relevant passages that answer the query\n<Query>: {query}\n<Document>: {document}<|im_end|>\n\
+<|im_start|>assistant\n<think>\n\n</think>\n\n";
+
+/// Names of what gives its scores. They come before those of other models.
+const HEAD: &[(&str, &str)] = &[("lm_head", "cls.output"), ("score", "cls.output")];
+
+impl Reranker {
+    /// Its configuration is that of a model that generates, so only its name tells.
+    fn of(folder: &Path, config: &Json) -> Result<Option<Reranker>> {
+        let scores = encoder::has_classification_head(config);
+        let is_qwen = config.get("model_type").is_some_and(|kind| kind == "qwen3");
+        let names = [
+            folder.file_name().and_then(|name| name.to_str()),
+            config.get("_name_or_path").and_then(Value::as_str),
+        ];
+        let mut is_named =
+            names.into_iter().flatten().any(|name| name.to_lowercase().contains("qwen3-reranker"));
+        if is_qwen && !is_named && has(folder, README) {
+            let text = read_text(folder, README)?.to_lowercase();
+            is_named = text.contains("# qwen3-reranker");
+        }
+        match (is_qwen && is_named, scores) {
+            (true, true) => Ok(Some(Reranker::Scores)),
+            (true, false) => {
+                let ids = LABELS.map(|label| vocabulary::id_of(folder, label));
+                let ids: Result<Vec<u32>> = ids.into_iter().collect();
+                Ok(Some(Reranker::Tokens(ids?.into_iter().map(|id| id as usize).collect())))
+            }
+            (false, true) => {
+                let got = "one that scores texts in a way of its own";
+                Err(config.wrong("architectures", "a model that generates, or Qwen3-Reranker", got))
+            }
+            (false, false) => Ok(None),
+        }
+    }
 }
 
 /// Returns the hidden elements of LFM2's feed-forward block, which its options may adjust.
@@ -821,26 +905,4 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
         }
     }
     w.entry(&format!("{}.attention.sliding_window", family.architecture), length)
-}
-
-impl Only {
-    fn is(self, value: &Value) -> bool {
-        match self {
-            Only::Text(only) => value == only,
-            Only::Bool(only) => *value == only,
-            Only::Number(only) => value.as_f64() == Some(only),
-            Only::Nothing => value.as_array().is_some_and(Vec::is_empty),
-        }
-    }
-}
-
-impl std::fmt::Display for Only {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Only::Text(only) => f.write_str(only),
-            Only::Bool(only) => only.fmt(f),
-            Only::Number(only) => only.fmt(f),
-            Only::Nothing => f.write_str("an empty list"),
-        }
-    }
 }

@@ -1,17 +1,20 @@
 //! Converts Hugging Face model folders to GGUF: config.json, safetensors and a vocabulary become one file,
 //! with the names of llama.cpp's converter.
 //!
-//! Tables have each family's names of weights, options and vocabulary (`decoder.rs`, `bert.rs`); everything
+//! Tables have each family's names of weights and options (`decoder.rs`, `encoder.rs`); everything
 //! else is shared. Before anything is written, the result's header is opened as a model: a folder that lacks
 //! a weight or has a wrong shape is an error.
 
-mod bert;
 mod decoder;
+mod encoder;
 mod folder;
+mod options;
 mod part;
 mod pieces;
 mod rope;
+mod sentence;
 mod vocabulary;
+mod wordpiece;
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -62,7 +65,7 @@ struct Plan {
     /// Names to ignore; a star at one end matches anything.
     unused: Vec<&'static str>,
     /// Required names, without which the model could still be opened.
-    required: Vec<&'static str>,
+    required: Vec<String>,
     /// Names in GGUF files whose rows are reordered, with the number of heads.
     interleaved: Vec<(&'static str, usize)>,
     /// Whether rows of the gate and of up take turns, in tensors that stand for both.
@@ -71,12 +74,24 @@ struct Plan {
     by_value_head: Vec<(&'static str, Axis, ValueHeads)>,
     /// Names in GGUF files of vectors that are matrices there, with their columns.
     matrices: Vec<(&'static str, u64)>,
+    /// Names in GGUF files of tensors that are some rows of others.
+    taken: Vec<(&'static str, &'static str, Rows)>,
+    /// Other files of weights, and what stands before their names.
+    beside: Vec<(String, String)>,
     /// Added to the weights of norms.
     norm_offset: f32,
     /// Vectors that no file of the folder has.
     vectors: Vec<(&'static str, Vec<f32>)>,
     /// Warnings: settings of the folder that the file lacks.
     left_out: Vec<String>,
+}
+
+/// Rows of a matrix.
+enum Rows {
+    /// All but the first ones.
+    From(usize),
+    /// These, in order.
+    Of(Vec<usize>),
 }
 
 /// A part of names that stands for two tensors: the first half of a matrix's rows is the gate's, the second up's, or rows take turns.
@@ -116,13 +131,15 @@ impl ValueHeads {
 }
 
 /// A tensor to write.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Target<'a> {
     /// Dimensions, innermost first.
     dims: Vec<u64>,
     /// Its parts in the folder's files; empty for a tensor that consists of `vector`.
     parts: Vec<Part<'a>>,
     vector: Vec<f32>,
+    /// Its rows in the folder's files, if they are not all of them.
+    rows: Option<Vec<usize>>,
     heads: Option<usize>,
     by_value_head: Option<(Axis, ValueHeads)>,
     /// The half of each matrix's rows that it is; of biases, the half of each row.
@@ -160,11 +177,12 @@ pub fn convert(
     let _floats = DefaultFloats::set();
     let config = Json::open(folder, "config.json")?;
     let mut writer = Writer::new(ALIGNMENT)?;
-    let plan = match config.str("model_type")? {
-        "bert" => bert::plan(folder, &config, &mut writer)?,
-        _ => decoder::plan(folder, &config, &mut writer)?,
+    let model_type = config.str("model_type")?;
+    let plan = match encoder::model_types().any(|encoder| encoder == model_type) {
+        true => encoder::plan(folder, &config, &mut writer)?,
+        false => decoder::plan(folder, &config, &mut writer)?,
     };
-    let files = Files::open(folder)?;
+    let files = Files::open(folder, &plan.beside)?;
     let targets = plan.targets(plan.scheme.parts(files.tensors()?)?)?;
     for (name, target) in &targets {
         let plain = target.dims.len() < 2 || PLAIN.iter().any(|plain| name.ends_with(plain));
@@ -209,7 +227,9 @@ fn check(folder: &Path, writer: &Writer) -> Result<()> {
 impl Plan {
     /// Returns the tensors to write, by name.
     fn targets<'a>(&self, parts: BTreeMap<String, Part<'a>>) -> Result<BTreeMap<String, Target<'a>>> {
-        if let Some(name) = self.required.iter().find(|name| !parts.contains_key(**name)) {
+        let has = |name: &str| parts.contains_key(name);
+        let mut required = self.required.iter();
+        if let Some(name) = required.find(|name| !has(name) && !has(&format!("{}{name}", self.prefix))) {
             return Err(Error::Model(format!("tensor `{name}` is missing")));
         }
         // Experts of one tensor are consecutive, in order of their numbers.
@@ -243,6 +263,11 @@ impl Plan {
             let target =
                 self.target(&name, parts, half).map_err(|e| Error::Model(format!("tensor `{name}`: {e}")))?;
             targets.insert(name, target);
+        }
+        for (name, of, rows) in &self.taken {
+            let Some(whole) = targets.get(*of) else { continue };
+            let taken = rows.of(whole).map_err(|e| Error::Model(format!("tensor `{name}`: {e}")))?;
+            targets.insert((*name).to_owned(), taken);
         }
         for (name, vector) in &self.vectors {
             let target =
@@ -342,6 +367,27 @@ impl Plan {
     }
 }
 
+impl Rows {
+    /// Takes these rows of a matrix.
+    fn of<'a>(&self, whole: &Target<'a>) -> Result<Target<'a>, String> {
+        let &[columns, rows] = &whole.dims[..] else {
+            return Err(format!("expected a matrix, got the shape {:?}", whole.dims));
+        };
+        let all = usize::try_from(rows).unwrap_or(0);
+        let taken: Vec<usize> = match self {
+            Rows::From(first) => (*first..all).collect(),
+            Rows::Of(rows) => rows.clone(),
+        };
+        match taken.iter().max().filter(|&&last| last < all) {
+            Some(_) => {
+                let dims = vec![columns, taken.len() as u64];
+                Ok(Target { dims, rows: Some(taken), ..whole.clone() })
+            }
+            None => Err(format!("expected more rows, got {rows}")),
+        }
+    }
+}
+
 /// Whether a name matches a pattern, in which a star at one end matches anything.
 fn matches(pattern: &str, name: &str) -> bool {
     match (pattern.strip_prefix('*'), pattern.strip_suffix('*')) {
@@ -398,8 +444,13 @@ impl Target<'_> {
         for part in &self.parts {
             let reader = part.reader(if single { 1 } else { part.columns() })?;
             let rows_of_a_head = self.heads.map(|heads| reader.rows() / heads);
-            let count = if self.half.is_some() { reader.rows() / 2 } else { reader.rows() };
+            let count = match (self.half, &self.rows) {
+                (Some(_), _) => reader.rows() / 2,
+                (None, Some(rows)) => rows.len(),
+                (None, None) => reader.rows(),
+            };
             for at in 0..count {
+                let at = self.rows.as_ref().map_or(at, |rows| rows[at]);
                 let from = match (self.half, self.by_value_head) {
                     (Some(half), _) if self.takes_turns => 2 * at + half,
                     (Some(half), _) => at / of_matrix * 2 * of_matrix + half * of_matrix + at % of_matrix,

@@ -12,6 +12,8 @@ pub(super) struct Rope<'c> {
     pub(super) head_dim: u32,
     /// Base of the frequencies if the config has none.
     pub(super) default_base: Option<f64>,
+    /// The same of layers with a window.
+    pub(super) default_local: Option<f64>,
 }
 
 /// The factor of a pair that does not rotate: its frequency is 0 in any context.
@@ -24,7 +26,7 @@ impl Rope<'_> {
     /// Writes the keys, and returns the frequency factors, which become tensors.
     ///
     /// A config has either `rope_parameters` (possibly one for each kind of layer), or the older
-    /// `rope_theta`, `rope_local_base_freq` and `rope_scaling`.
+    /// `rope_theta`, `rope_local_base_freq` and `rope_scaling`, which some families call otherwise.
     pub(super) fn write(&self, w: &mut Writer) -> Result<Vectors> {
         let Rope { config, architecture, .. } = self;
         let entry = |name: &str| format!("{architecture}.rope.{name}");
@@ -38,7 +40,14 @@ impl Rope<'_> {
             Some(value) => Ok(Some(value)),
             None => config.optional_f64(name),
         };
-        let base = number("rope_theta")?.or(self.default_base);
+        let old = |names: &[&str]| match names.iter().find(|name| config.get(name).is_some()) {
+            Some(name) => config.optional_f64(name),
+            None => Ok(None),
+        };
+        let base = match number("rope_theta")? {
+            Some(base) => Some(base),
+            None => old(&["global_rope_theta", "rotary_emb_base"])?.or(self.default_base),
+        };
         let base = base.ok_or_else(|| config.missing("rope_theta", "a number"))?;
         w.entry(&entry("freq_base"), base as f32)?;
         if let Some(windowed) = &windowed {
@@ -49,9 +58,9 @@ impl Rope<'_> {
         }
         let local = match &windowed {
             Some(windowed) => windowed.optional_f64("rope_theta")?,
-            None => config.optional_f64("rope_local_base_freq")?,
+            None => old(&["rope_local_base_freq", "local_rope_theta"])?,
         };
-        if let Some(local) = local {
+        if let Some(local) = local.or(self.default_local) {
             w.entry(&entry("freq_base_swa"), local as f32)?;
         }
         let part = number("partial_rotary_factor")?.unwrap_or(1.0);

@@ -7,7 +7,9 @@ tokenizers, which tests/convert.rs reads.
     convert.py --check FOLDER LOGITS    how far the logits that `halite logits` wrote of a folder's `tokens` are off
 
 Each folder has, besides what the library writes, a file expected.json (texts with their ids, and the ids of a longer text) and
-logits.f32, the logits of the last positions of the longer text. Weights are bfloat16 in the folder, and float32 in the forward pass.
+logits.f32, the logits of the last positions of the longer text. Folders of encoders and rerankers have vectors.f32 instead: the vector
+of each text and of the longer one, or the score of each pair of texts. Weights are bfloat16 in the folder, and float32 in the forward
+pass.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import json
 import pathlib
 import random
 import shutil
+import tempfile
 
 import numpy as np
 import safetensors.torch
@@ -111,6 +114,37 @@ FAMILIES = {
     "cohere2": dict(model_type="cohere2", vocabulary="starcoder", num_hidden_layers=4, intermediate_size=16, **WINDOW),
 }
 
+ENCODER = dict(vocab_size=VOCAB, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
+               max_position_embeddings=90, initializer_range=0.3, pad_token_id=1, bos_token_id=0, eos_token_id=2)
+LABEL = dict(id2label={0: "score"}, label2id={"score": 0})
+# `architecture` is the class, `pooling` that of sentence-transformers, "rank" that of a reranker.
+ENCODERS = {
+    "xlm-roberta": dict(architecture="XLMRobertaModel", vocabulary="unigram", pooling="cls", type_vocab_size=1, layer_norm_eps=1e-5),
+    "roberta": dict(architecture="RobertaModel", vocabulary="roberta", pooling="mean", type_vocab_size=1, layer_norm_eps=1e-5),
+    "bert-unigram": dict(architecture="BertModel", vocabulary="unigram", pooling="mean", type_vocab_size=2),
+    "modernbert": dict(architecture="ModernBertModel", vocabulary="modern", pooling="cls", num_hidden_layers=4, local_attention=8,
+                       global_attn_every_n_layers=3, hidden_activation="gelu", cls_token_id=0, sep_token_id=2),
+    "nomic_bert": dict(architecture="NomicBertModel", vocabulary="words", pooling="mean", type_vocab_size=2),
+    "embedding_gemma": dict(architecture="Gemma3TextModel", vocabulary="gemma", pooling="mean", head_dim=8, num_key_value_heads=2,
+                            query_pre_attn_scalar=8, sliding_window=10, use_bidirectional_attention=True, dense=40),
+    "qwen3-embedding": dict(architecture="Qwen3Model", vocabulary="qwen2", pooling="lasttoken", head_dim=8, num_key_value_heads=2,
+                            tie_word_embeddings=True, pad_token_id=None),
+    "bert-rank": dict(architecture="BertForSequenceClassification", vocabulary="words", pooling="rank", type_vocab_size=1, **LABEL),
+    "xlm-roberta-rank": dict(architecture="XLMRobertaForSequenceClassification", vocabulary="unigram", pooling="rank",
+                             type_vocab_size=1, layer_norm_eps=1e-5, **LABEL),
+    "qwen3-reranker": dict(architecture="Qwen3ForCausalLM", vocabulary="yes", pooling="rank", head_dim=8, num_key_value_heads=2,
+                           tie_word_embeddings=True, max_position_embeddings=1024, pad_token_id=None),
+    "qwen3-reranker-untied": dict(architecture="Qwen3ForCausalLM", vocabulary="yes", pooling="rank", head_dim=8,
+                                  num_key_value_heads=2, tie_word_embeddings=False, max_position_embeddings=1024, pad_token_id=None),
+    "qwen3-reranker-scores": dict(architecture="Qwen3ForSequenceClassification", vocabulary="yes", pooling="rank", head_dim=8,
+                                  num_key_value_heads=2, max_position_embeddings=1024, **LABEL),
+}
+PAIRS = [["Who may use the Work?", "You may use the Work."], ["Who may use the Work?", ""], ["{braces", "a {file} in <s> braces"]]
+# Of the model's card.
+RERANK = ("<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct provided. Note that "
+          "the answer can only be \"yes\" or \"no\".<|im_end|>\n<|im_start|>user\n<Instruct>: Given a web search query, retrieve relevant "
+          "passages that answer the query\n<Query>: QUERY\n<Document>: DOCUMENT<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
 # The words of byte-level vocabularies, as models were published with them.
 LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 TEKKEN_WORDS = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?"
@@ -139,21 +173,67 @@ def byte_level(kind):
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
     tokenizer = Tokenizer(models.BPE(ignore_merges=kind in ("llama3", "tekken")))
-    tokenizer.pre_tokenizer = {"gpt2": plain, "starcoder": digits, "llama3": words(LLAMA3_WORDS), "dbrx": words(LLAMA3_WORDS),
+    tokenizer.pre_tokenizer = {"gpt2": plain, "roberta": plain, "modern": plain, "yes": words(QWEN_WORDS), "starcoder": digits, "llama3": words(LLAMA3_WORDS), "dbrx": words(LLAMA3_WORDS),
                                "qwen2": words(QWEN_WORDS), "tekken": words(TEKKEN_WORDS),
                                "qwen35": words(QWEN_3_5_WORDS), "gpt4o": words(GPT_4O_WORDS)}[kind]
-    if kind in ("qwen2", "qwen35"):
+    if kind in ("qwen2", "qwen35", "yes", "modern"):
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB - 6, special_tokens=["<s>", "</s>", "<|end|>"], show_progress=False,
+    special = ["<s>", "<pad>", "</s>", "<mask>"] if kind in ("roberta", "modern") else ["<s>", "</s>", "<|end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB - 6, special_tokens=special, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.train_from_iterator(corpus() + ["yes", "no"] * 500 * (kind == "yes"), trainer)
     tokenizer.add_tokens(["<tool>"])
     if kind == "llama3":
         tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])])
+    elif kind == "roberta":
+        tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=False)
+    elif kind == "modern":
+        tokenizer.post_processor = around("<s>", "</s>", "")(tokenizer)
     else:
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return tokenizer
+
+
+def around(first, last, between):
+    """What stands before, behind and between texts."""
+    return lambda tokenizer: processors.TemplateProcessing(
+        single=f"{first} $A {last}", pair=f"{first} $A {last} {between} $B {last}".split(),
+        special_tokens=[(text, tokenizer.token_to_id(text)) for text in (first, last)])
+
+
+def unigram():
+    """A vocabulary of SentencePiece's unigram, as XLM-RoBERTa has it."""
+    rules = pathlib.Path(tempfile.mkdtemp(), "rules.tsv")
+    rules.write_text("FF21\t41\nFB01\t66 69\n2026\t2E 2E 2E\n9\t20\nA\t20\nD A\t20\nA0\t20\n3000\t20\n")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus()), model_writer=model, model_type="unigram", vocab_size=VOCAB - 4, hard_vocab_limit=False,
+        num_threads=1, minloglevel=2, normalization_rule_tsv=str(rules))
+    shutil.rmtree(rules.parent)
+    from sentencepiece import sentencepiece_model_pb2 as protocol
+
+    parsed = protocol.ModelProto.FromString(model.getvalue())
+    vocab = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    vocab += [(piece.piece, piece.score) for piece in parsed.pieces[3:]] + [("<mask>", 0.0)]
+    tokenizer = Tokenizer(models.Unigram(vocab, 3, False))
+    tokenizer.normalizer = normalizers.Precompiled(parsed.normalizer_spec.precompiled_charsmap)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")])
+    tokenizer.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    tokenizer.post_processor = around("<s>", "</s>", "</s>")(tokenizer)
+    return tokenizer
+
+
+def word_pieces():
+    """A vocabulary of WordPiece, as BERT has it."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=VOCAB - 6, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
+                                        show_progress=False)
+    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.post_processor = around("[CLS]", "[SEP]", "")(tokenizer)
     return tokenizer
 
 
@@ -392,6 +472,104 @@ def write(name, options):
     print(f"{name}: {size} bytes, logits {logits.std():.2f}")
 
 
+def write_encoder(name, options):
+    options = dict(options)
+    kind, pooling = options.pop("vocabulary"), options.pop("pooling")
+    dense = options.pop("dense", None)
+    tokenizer = {"unigram": unigram, "words": word_pieces}.get(
+        kind, lambda: sentence_pieces(kind) if kind in EXTRA else byte_level(kind))()
+    options = {**ENCODER, "vocab_size": max(VOCAB, tokenizer.get_vocab_size() + 2), **options}
+    if kind == "words":
+        options |= dict(pad_token_id=0, bos_token_id=None, eos_token_id=None)
+    elif kind not in ("unigram", "roberta", "modern"):
+        options |= dict(bos_token_id=tokenizer.token_to_id("<s>"), eos_token_id=tokenizer.token_to_id("</s>"), pad_token_id=None)
+    if kind == "gemma":
+        tokenizer.post_processor = around("<s>", "</s>", "")(tokenizer)
+    if name == "qwen3-embedding":
+        end = "<|end|>"
+        template = processors.TemplateProcessing(single=f"$A {end}", pair=f"$A {end} $B {end}",
+                                                 special_tokens=[(end, tokenizer.token_to_id(end))])
+        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    torch.manual_seed(1)
+    Class = getattr(transformers, options.pop("architecture"))
+    model = Class(Class.config_class(**options))
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if weight.ndim == 1:
+                weight += 0.2 * torch.randn_like(weight)
+            elif "embed" not in key:
+                weight *= 0.7
+            weight.copy_(weight.bfloat16().float())
+    folder = OUT / name
+    shutil.rmtree(folder, ignore_errors=True)
+    model.bfloat16().save_pretrained(folder)
+    model = Class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    text = json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":"))
+    (folder / "tokenizer.json").write_text(text)
+    about = {"bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}}
+    if kind == "words":
+        about = {"cls_token": "[CLS]", "sep_token": "[SEP]", "do_lower_case": True}
+    elif kind in ("unigram", "modern"):
+        about = {"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    matrices = []
+    if pooling != "rank":
+        modules = ["Transformer", "Pooling"] + ["Dense"] * (2 if dense else 0) + ["Normalize"]
+        paths = [f"{i}_{module}" if i else "" for i, module in enumerate(modules)]
+        (folder / "modules.json").write_text(json.dumps([
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{module}"}
+            for i, (module, path) in enumerate(zip(modules, paths))]))
+        (folder / "1_Pooling").mkdir()
+        mode = dict(mean="mean_tokens", cls="cls_token").get(pooling, pooling)
+        (folder / "1_Pooling/config.json").write_text(json.dumps(
+            {f"pooling_mode_{other}": other == mode for other in ("mean_tokens", "cls_token", "lasttoken")}))
+        for path, shape in zip((path for path in paths if "Dense" in path), ((dense, 24), (24, dense))):
+            (folder / path).mkdir()
+            matrices.append((0.4 * torch.randn(shape)).bfloat16())
+            safetensors.torch.save_file({"linear.weight": matrices[-1]}, folder / path / "model.safetensors")
+            (folder / path / "config.json").write_text(json.dumps(dict(
+                in_features=shape[1], out_features=shape[0], bias=False, activation_function="torch.nn.modules.linear.Identity")))
+    texts, results = [], []
+    rng = random.Random(2)
+    if pooling == "rank":
+        for query, document in PAIRS:
+            if "qwen3" in name:
+                ids = tokenizer.encode(RERANK.replace("QUERY", query).replace("DOCUMENT", document)).ids
+                if "<s>" in document:
+                    # What documents say are no control tokens.
+                    halves = RERANK.replace("QUERY", query).split("DOCUMENT")
+                    plain = Tokenizer.from_str(tokenizer.to_str())
+                    plain.encode_special_tokens = True
+                    ids = plain.encode(document.join(halves)).ids
+            else:
+                if "<s>" in document and kind == "unigram":
+                    document = document.replace("<s>", "")
+                ids = tokenizer.encode(query, document).ids
+            texts.append([[query, document], ids])
+    else:
+        texts = [[text, tokenizer.encode(text).ids] for text in TEXTS if not ("qwen" in name and "<s>" in text)]
+        texts.append([None, [rng.randrange(3, tokenizer.get_vocab_size()) for _ in range(TOKENS)]])
+    with torch.no_grad():
+        for _, ids in texts:
+            out = model(input_ids=torch.tensor([ids]))
+            if pooling == "rank":
+                logits = out.logits[0].float()
+                if logits.ndim > 1:
+                    answers = [tokenizer.token_to_id(answer) for answer in ("yes", "no")]
+                    logits = logits[-1, answers].softmax(0)[:1]
+                results.append(logits)
+                continue
+            hidden = out.last_hidden_state[0].float()
+            vector = dict(mean=hidden.mean(0), cls=hidden[0], lasttoken=hidden[-1])[pooling]
+            for matrix in matrices:
+                vector = matrix.float() @ vector
+            results.append(vector / vector.norm())
+    (folder / "expected.json").write_text(json.dumps({"texts": texts}, ensure_ascii=False))
+    torch.stack(results).numpy().astype("<f4").tofile(folder / "vectors.f32")
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"{name}: {size} bytes, {[round(float(x), 3) for x in torch.stack(results)[:, 0]]}")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--check", nargs=2, type=pathlib.Path, metavar=("FOLDER", "LOGITS"))
@@ -407,9 +585,10 @@ def main():
         got = np.fromfile(file, "<f4").reshape(want.shape)
         print(f"normalised mean square error {((got - want) ** 2).mean() / (want**2).mean():.3g}")
         return
-    for name, options in FAMILIES.items():
-        if not args.names or name in args.names:
-            write(name, options)
+    for families, write_one in ((FAMILIES, write), (ENCODERS, write_encoder)):
+        for name, options in families.items():
+            if not args.names or name in args.names:
+                write_one(name, options)
 
 
 main()
