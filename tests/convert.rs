@@ -772,8 +772,8 @@ fn what_encoders_lack_is_named() {
         ("embedding_gemma", DENSE, "/activation_function", json!("torch.nn.Tanh"), "Identity"),
         ("embedding_gemma", DENSE, "/out_features", json!(32), "dense_2.weight"),
         ("embedding_gemma", MODULES, "/2/path", json!("../2_Dense"), "a folder of the folder"),
-        ("embedding_gemma", MODULES, "/4/type", json!("models.Dense"), "Normalize as the last one"),
-        ("embedding_gemma", MODULES, "/1/type", json!("models.Dense"), "at most 2 of the kind Dense"),
+        ("embedding_gemma", MODULES, "/4/type", json!("models.Dense"), "at most 2 of the kind Dense"),
+        ("embedding_gemma", MODULES, "/1/type", json!("models.Normalize"), "Normalize as the last one"),
         ("embedding_gemma", MODULES, "/2/type", json!("models.LSTM"), "one of Transformer"),
         ("qwen3-embedding", MODULES, "/2/type", json!("models.Dense"), "one of Transformer"),
         (
