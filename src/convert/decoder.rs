@@ -1,11 +1,15 @@
-//! Decoders: each family's names of weights and options, in folders and in GGUF files.
+//! Decoders: writes the metadata of a family of the table, and what families have beyond it.
 
 use std::path::Path;
 
 use serde_json::Value;
 
+use super::families::{
+    FAMILIES, Family, GRANITE_4_ONLY, GRANITE_4_SHARED, NAMES, NOPE_PERIOD, Names, OPTIONAL, REQUIRED,
+    UNUSED, Window,
+};
 use super::folder::{Json, has, read_text};
-use super::options::{self, Key, Kind, Only};
+use super::options;
 use super::part::Scheme;
 use super::rope::Rope;
 use super::sentence::{self, Sentence};
@@ -15,459 +19,11 @@ use crate::error::Result;
 use crate::gguf::write::Writer;
 use crate::rank;
 
-/// The differences between families.
-struct Family {
-    /// `model_type` of config.json, and `general.architecture`.
-    model_type: &'static str,
-    architecture: &'static str,
-    /// The family's own names.
-    names: &'static [(&'static str, &'static str)],
-    /// The family's own options.
-    keys: &'static [Key],
-    /// Options with a single supported value.
-    only: &'static [(&'static str, Only)],
-    /// Whether rows are reordered: published weights rotate elements `(i, i + n / 2)` of a head, GGUF files
-    /// adjacent ones.
-    interleaved: bool,
-    /// Added to the weights of norms.
-    norm_offset: f32,
-    window: Window,
-    /// Whether tokens see later ones, too, as `use_bidirectional_attention` says: an encoder.
-    both_ways: bool,
-    /// What layers without attention are called in `layer_types`; nothing: all have it.
-    recurrent: &'static [&'static str],
-    /// Default base of rotary frequencies.
-    rope_base: Option<f64>,
-}
-
-/// The layers with a sliding window.
-#[derive(Clone, Copy)]
-enum Window {
-    /// All layers, if the config has a window.
-    All,
-    /// All layers but the last of each period, unless the config lists the layers.
-    Period(u32),
-}
-
 /// Where a folder says in words what it is.
 const README: &str = "README.md";
 
 /// Maximum layers and elements of a head, checked before allocations; the runtime's limits are lower.
 const MAX_EXTENT: u32 = 1 << 16;
-
-/// Required options.
-const REQUIRED: &[Key] = &[
-    ("context_length", &["max_position_embeddings"], Kind::U32),
-    ("embedding_length", &["hidden_size"], Kind::U32),
-    ("block_count", &["num_hidden_layers"], Kind::U32),
-    ("feed_forward_length", &["intermediate_size"], Kind::U32),
-    ("attention.head_count", &["num_attention_heads"], Kind::U32),
-    ("vocab_size", &["vocab_size"], Kind::U32),
-];
-
-/// Optional options. If a family requires one, opening the result reports it.
-const OPTIONAL: &[Key] = &[
-    ("attention.head_count_kv", &["num_key_value_heads"], Kind::U32),
-    ("attention.key_length", &["head_dim"], Kind::U32),
-    ("attention.value_length", &["head_dim"], Kind::U32),
-    ("attention.layer_norm_rms_epsilon", &["rms_norm_eps", "norm_eps"], Kind::F32),
-    ("attention.layer_norm_epsilon", &["layer_norm_eps", "norm_epsilon"], Kind::F32),
-    ("expert_count", &["num_local_experts", "num_experts"], Kind::U32),
-    ("expert_used_count", &["num_experts_per_tok"], Kind::U32),
-];
-
-/// Names that most families have, without `model.` in front.
-const NAMES: &[(&str, &str)] = &[
-    ("embed_tokens", "token_embd"),
-    ("norm", "output_norm"),
-    ("lm_head", "output"),
-    ("layers.{}.input_layernorm", "blk.{}.attn_norm"),
-    ("layers.{}.self_attn.q_proj", "blk.{}.attn_q"),
-    ("layers.{}.self_attn.k_proj", "blk.{}.attn_k"),
-    ("layers.{}.self_attn.v_proj", "blk.{}.attn_v"),
-    ("layers.{}.self_attn.o_proj", "blk.{}.attn_output"),
-    ("layers.{}.self_attn.q_norm", "blk.{}.attn_q_norm"),
-    ("layers.{}.self_attn.k_norm", "blk.{}.attn_k_norm"),
-    ("layers.{}.post_attention_layernorm", "blk.{}.ffn_norm"),
-    ("layers.{}.mlp.gate_proj", "blk.{}.ffn_gate"),
-    ("layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
-    ("layers.{}.mlp.down_proj", "blk.{}.ffn_down"),
-];
-
-/// Norms after the blocks as well as before them, or instead.
-const POST_NORMS: &[(&str, &str)] = &[
-    ("layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm"),
-    ("layers.{}.pre_feedforward_layernorm", "blk.{}.ffn_norm"),
-    ("layers.{}.post_feedforward_layernorm", "blk.{}.post_ffw_norm"),
-];
-
-/// GLM's names: gate and up are in one weight.
-const GLM: &[(&str, &str)] = &[("layers.{}.mlp.gate_up_proj", "blk.{}.ffn_up")];
-
-/// GLM-4-0414's norms after its blocks.
-const GLM_4: &[(&str, &str)] = &[
-    ("layers.{}.post_self_attn_layernorm", "blk.{}.post_attention_norm"),
-    ("layers.{}.post_mlp_layernorm", "blk.{}.post_ffw_norm"),
-    ("layers.{}.mlp.gate_up_proj", "blk.{}.ffn_up"),
-];
-
-/// Gemma 4's names, besides those of [`POST_NORMS`].
-const GEMMA_4: &[(&str, &str)] = &[
-    ("embed_tokens_per_layer", "per_layer_token_embd"),
-    ("per_layer_model_projection", "per_layer_model_proj"),
-    ("per_layer_projection_norm", "per_layer_proj_norm"),
-    ("layers.{}.per_layer_input_gate", "blk.{}.inp_gate"),
-    ("layers.{}.per_layer_projection", "blk.{}.proj"),
-    ("layers.{}.post_per_layer_input_norm", "blk.{}.post_norm"),
-    ("layers.{}.layer_scalar", "blk.{}.layer_output_scale.weight"),
-];
-
-/// gpt-oss's names.
-const GPT_OSS: &[(&str, &str)] = &[
-    ("layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm"),
-    ("layers.{}.self_attn.sinks", "blk.{}.attn_sinks.weight"),
-    ("layers.{}.mlp.router", "blk.{}.ffn_gate_inp"),
-    ("layers.{}.mlp.experts.gate_up_proj", "blk.{}.ffn_gate_up_exps.weight"),
-    ("layers.{}.mlp.experts.gate_up_proj_bias", "blk.{}.ffn_gate_up_exps.bias"),
-    ("layers.{}.mlp.experts.down_proj", "blk.{}.ffn_down_exps.weight"),
-    ("layers.{}.mlp.experts.down_proj_bias", "blk.{}.ffn_down_exps.bias"),
-];
-
-/// Granite 4's names. Without experts, the block for all tokens is the only one.
-const GRANITE_4: &[(&str, &str)] = &[
-    ("layers.{}.mamba.in_proj", "blk.{}.ssm_in"),
-    ("layers.{}.mamba.conv1d", "blk.{}.ssm_conv1d"),
-    ("layers.{}.mamba.A_log", "blk.{}.ssm_a"),
-    ("layers.{}.mamba.D", "blk.{}.ssm_d"),
-    ("layers.{}.mamba.dt_bias", "blk.{}.ssm_dt.bias"),
-    ("layers.{}.mamba.norm", "blk.{}.ssm_norm"),
-    ("layers.{}.mamba.out_proj", "blk.{}.ssm_out"),
-    ("layers.{}.block_sparse_moe.router.layer", "blk.{}.ffn_gate_inp"),
-    ("layers.{}.block_sparse_moe.input_linear", "blk.{}.ffn_gate_up_exps"),
-    ("layers.{}.block_sparse_moe.output_linear", "blk.{}.ffn_down_exps"),
-];
-const GRANITE_4_ONLY: &[(&str, &str)] = &[
-    ("layers.{}.shared_mlp.input_linear", "blk.{}.ffn_gate_up"),
-    ("layers.{}.shared_mlp.output_linear", "blk.{}.ffn_down"),
-];
-const GRANITE_4_SHARED: &[(&str, &str)] = &[
-    ("layers.{}.shared_mlp.input_linear", "blk.{}.ffn_gate_up_shexp"),
-    ("layers.{}.shared_mlp.output_linear", "blk.{}.ffn_down_shexp"),
-];
-
-const LFM2: &[(&str, &str)] = &[
-    ("embedding_norm", "token_embd_norm"),
-    ("layers.{}.operator_norm", "blk.{}.attn_norm"),
-    ("layers.{}.ffn_norm", "blk.{}.ffn_norm"),
-    ("layers.{}.conv.conv", "blk.{}.shortconv.conv"),
-    ("layers.{}.conv.in_proj", "blk.{}.shortconv.in_proj"),
-    ("layers.{}.conv.out_proj", "blk.{}.shortconv.out_proj"),
-    ("layers.{}.self_attn.out_proj", "blk.{}.attn_output"),
-    ("layers.{}.self_attn.q_layernorm", "blk.{}.attn_q_norm"),
-    ("layers.{}.self_attn.k_layernorm", "blk.{}.attn_k_norm"),
-    ("layers.{}.feed_forward.w1", "blk.{}.ffn_gate"),
-    ("layers.{}.feed_forward.w2", "blk.{}.ffn_down"),
-    ("layers.{}.feed_forward.w3", "blk.{}.ffn_up"),
-];
-
-const LFM2_EXPERTS: &[(&str, &str)] = &[
-    ("layers.{}.feed_forward.gate", "blk.{}.ffn_gate_inp"),
-    ("layers.{}.feed_forward.expert_bias", "blk.{}.exp_probs_b.bias"),
-    ("layers.{}.feed_forward.experts.{}.w1", "blk.{}.ffn_gate_exps"),
-    ("layers.{}.feed_forward.experts.{}.w2", "blk.{}.ffn_down_exps"),
-    ("layers.{}.feed_forward.experts.{}.w3", "blk.{}.ffn_up_exps"),
-];
-
-/// Experts are tensors of their own, or parts of one.
-const QWEN_3_5_EXPERTS: &[(&str, &str)] = &[
-    ("layers.{}.mlp.gate", "blk.{}.ffn_gate_inp"),
-    ("layers.{}.mlp.experts.{}.gate_proj", "blk.{}.ffn_gate_exps"),
-    ("layers.{}.mlp.experts.{}.up_proj", "blk.{}.ffn_up_exps"),
-    ("layers.{}.mlp.experts.{}.down_proj", "blk.{}.ffn_down_exps"),
-    ("layers.{}.mlp.experts.gate_up_proj", "blk.{}.ffn_gate_up_exps.weight"),
-    ("layers.{}.mlp.experts.down_proj", "blk.{}.ffn_down_exps.weight"),
-    ("layers.{}.mlp.shared_expert_gate", "blk.{}.ffn_gate_inp_shexp"),
-    ("layers.{}.mlp.shared_expert.gate_proj", "blk.{}.ffn_gate_shexp"),
-    ("layers.{}.mlp.shared_expert.up_proj", "blk.{}.ffn_up_shexp"),
-    ("layers.{}.mlp.shared_expert.down_proj", "blk.{}.ffn_down_shexp"),
-];
-
-/// Keys of Qwen 3.5's recurrent layers; a mixture also has those of its experts.
-const DELTA_NET: &[Key] = &[
-    ("ssm.conv_kernel", &["linear_conv_kernel_dim"], Kind::U32),
-    ("ssm.state_size", &["linear_key_head_dim"], Kind::U32),
-    ("ssm.group_count", &["linear_num_key_heads"], Kind::U32),
-    ("ssm.time_step_rank", &["linear_num_value_heads"], Kind::U32),
-    ("expert_feed_forward_length", &["moe_intermediate_size"], Kind::U32),
-    ("expert_shared_feed_forward_length", &["shared_expert_intermediate_size"], Kind::U32),
-];
-
-const QWEN_3_5: &[(&str, &str)] = &[
-    ("layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm"),
-    ("layers.{}.linear_attn.in_proj_qkv", "blk.{}.attn_qkv"),
-    ("layers.{}.linear_attn.in_proj_z", "blk.{}.attn_gate"),
-    ("layers.{}.linear_attn.in_proj_b", "blk.{}.ssm_beta"),
-    ("layers.{}.linear_attn.in_proj_a", "blk.{}.ssm_alpha"),
-    ("layers.{}.linear_attn.conv1d", "blk.{}.ssm_conv1d"),
-    ("layers.{}.linear_attn.A_log", "blk.{}.ssm_a"),
-    ("layers.{}.linear_attn.dt_bias", "blk.{}.ssm_dt.bias"),
-    ("layers.{}.linear_attn.norm", "blk.{}.ssm_norm"),
-    ("layers.{}.linear_attn.out_proj", "blk.{}.ssm_out"),
-];
-
-/// Ignored tensors: RoPE frequencies, which are computed.
-const UNUSED: &[&str] = &["*.rotary_emb.inv_freq"];
-
-/// Llama; the families below state their differences from it.
-const LLAMA: Family = Family {
-    model_type: "llama",
-    architecture: "llama",
-    names: &[],
-    keys: &[],
-    only: &[("hidden_act", Only::Text("silu"))],
-    interleaved: true,
-    norm_offset: 0.0,
-    window: Window::All,
-    both_ways: false,
-    recurrent: &[],
-    rope_base: None,
-};
-
-const GEMMA: Family = Family {
-    names: POST_NORMS,
-    keys: &[
-        ("attn_logit_softcapping", &["attn_logit_softcapping"], Kind::F32),
-        ("final_logit_softcapping", &["final_logit_softcapping"], Kind::F32),
-    ],
-    only: &[
-        ("hidden_activation", Only::Text("gelu_pytorch_tanh")),
-        ("use_bidirectional_attention", Only::Bool(false)),
-    ],
-    interleaved: false,
-    norm_offset: 1.0,
-    ..LLAMA
-};
-
-const OLMO: Family = Family { architecture: "olmo2", names: POST_NORMS, interleaved: false, ..LLAMA };
-
-const FAMILIES: &[Family] = &[
-    Family {
-        model_type: "cohere2",
-        architecture: "cohere2",
-        keys: &[("logit_scale", &["logit_scale"], Kind::F32)],
-        only: &[
-            ("hidden_act", Only::Text("silu")),
-            ("use_qk_norm", Only::Bool(false)),
-            ("rotary_pct", Only::Number(1.0)),
-        ],
-        // Its published weights already rotate adjacent elements.
-        interleaved: false,
-        window: Window::Period(4),
-        ..LLAMA
-    },
-    Family {
-        model_type: "gemma2",
-        architecture: "gemma2",
-        window: Window::Period(2),
-        rope_base: Some(1e4),
-        ..GEMMA
-    },
-    Family { model_type: "gemma3_text", architecture: "gemma3", window: Window::Period(6), ..GEMMA },
-    // EmbeddingGemma.
-    Family {
-        model_type: "gemma3_text",
-        architecture: "gemma-embedding",
-        keys: &[],
-        only: &[
-            ("hidden_activation", Only::Text("gelu_pytorch_tanh")),
-            ("attn_logit_softcapping", Only::Number(0.0)),
-            ("final_logit_softcapping", Only::Number(0.0)),
-        ],
-        window: Window::Period(6),
-        both_ways: true,
-        ..GEMMA
-    },
-    Family {
-        model_type: "gemma4_text",
-        architecture: "gemma4",
-        keys: &[
-            ("final_logit_softcapping", &["final_logit_softcapping"], Kind::F32),
-            ("attention.shared_kv_layers", &["num_kv_shared_layers"], Kind::U32),
-            ("attention.key_length_swa", &["head_dim"], Kind::U32),
-            ("attention.value_length_swa", &["head_dim"], Kind::U32),
-            ("rope.dimension_count_swa", &["head_dim"], Kind::U32),
-        ],
-        only: &[
-            ("hidden_activation", Only::Text("gelu_pytorch_tanh")),
-            // Images are not read.
-            ("use_bidirectional_attention", Only::Text("vision")),
-            ("enable_moe_block", Only::Bool(false)),
-        ],
-        norm_offset: 0.0,
-        window: Window::Period(6),
-        ..GEMMA
-    },
-    // Its published weights already rotate adjacent elements.
-    Family { model_type: "glm", architecture: "chatglm", names: GLM, interleaved: false, ..LLAMA },
-    Family { model_type: "glm4", architecture: "glm4", names: GLM_4, interleaved: false, ..LLAMA },
-    Family {
-        model_type: "gpt_oss",
-        architecture: "gpt-oss",
-        names: GPT_OSS,
-        keys: &[("expert_feed_forward_length", &["intermediate_size"], Kind::U32)],
-        only: &[
-            ("hidden_act", Only::Text("silu")),
-            ("swiglu_limit", Only::Number(7.0)),
-            ("attention_bias", Only::Bool(true)),
-        ],
-        interleaved: false,
-        window: Window::Period(2),
-        ..LLAMA
-    },
-    Family {
-        model_type: "granite",
-        architecture: "granite",
-        keys: &[
-            ("attention.scale", &["attention_multiplier"], Kind::F32),
-            ("embedding_scale", &["embedding_multiplier"], Kind::F32),
-            ("residual_scale", &["residual_multiplier"], Kind::F32),
-            ("logit_scale", &["logits_scaling"], Kind::F32),
-        ],
-        ..LLAMA
-    },
-    Family {
-        model_type: "granitemoehybrid",
-        architecture: "granitehybrid",
-        names: GRANITE_4,
-        keys: &[
-            ("attention.scale", &["attention_multiplier"], Kind::F32),
-            ("embedding_scale", &["embedding_multiplier"], Kind::F32),
-            ("residual_scale", &["residual_multiplier"], Kind::F32),
-            ("logit_scale", &["logits_scaling"], Kind::F32),
-            ("ssm.conv_kernel", &["mamba_d_conv"], Kind::U32),
-            ("ssm.state_size", &["mamba_d_state"], Kind::U32),
-            ("ssm.group_count", &["mamba_n_groups"], Kind::U32),
-            ("ssm.time_step_rank", &["mamba_n_heads"], Kind::U32),
-        ],
-        only: &[("hidden_act", Only::Text("silu")), ("mamba_proj_bias", Only::Bool(false))],
-        recurrent: &["mamba", "linear_attention"],
-        rope_base: Some(1e4),
-        ..LLAMA
-    },
-    Family {
-        model_type: "lfm2",
-        architecture: "lfm2",
-        names: LFM2,
-        keys: &[("shortconv.l_cache", &["conv_L_cache"], Kind::U32)],
-        only: &[("conv_bias", Only::Bool(false))],
-        interleaved: false,
-        recurrent: &["conv"],
-        rope_base: Some(1e6),
-        ..LLAMA
-    },
-    Family {
-        model_type: "lfm2_moe",
-        architecture: "lfm2moe",
-        names: LFM2,
-        keys: &[
-            ("shortconv.l_cache", &["conv_L_cache"], Kind::U32),
-            ("leading_dense_block_count", &["num_dense_layers"], Kind::U32),
-            ("expert_feed_forward_length", &["moe_intermediate_size"], Kind::U32),
-            ("expert_weights_norm", &["norm_topk_prob"], Kind::Bool),
-            ("expert_weights_scale", &["routed_scaling_factor"], Kind::F32),
-        ],
-        only: &[("conv_bias", Only::Bool(false))],
-        interleaved: false,
-        recurrent: &["conv"],
-        rope_base: Some(1e6),
-        ..LLAMA
-    },
-    Family { rope_base: Some(1e4), ..LLAMA },
-    Family { model_type: "mistral", rope_base: Some(1e4), ..LLAMA },
-    Family {
-        model_type: "mixtral",
-        names: &[
-            ("layers.{}.block_sparse_moe.gate", "blk.{}.ffn_gate_inp"),
-            ("layers.{}.block_sparse_moe.experts.{}.w1", "blk.{}.ffn_gate_exps"),
-            ("layers.{}.block_sparse_moe.experts.{}.w2", "blk.{}.ffn_down_exps"),
-            ("layers.{}.block_sparse_moe.experts.{}.w3", "blk.{}.ffn_up_exps"),
-        ],
-        ..LLAMA
-    },
-    Family { model_type: "olmo2", ..OLMO },
-    Family { model_type: "olmo3", window: Window::Period(4), ..OLMO },
-    Family {
-        model_type: "phi3",
-        architecture: "phi3",
-        names: &[
-            ("layers.{}.self_attn.qkv_proj", "blk.{}.attn_qkv"),
-            ("layers.{}.mlp.gate_up_proj", "blk.{}.ffn_up"),
-        ],
-        interleaved: false,
-        rope_base: Some(1e4),
-        ..LLAMA
-    },
-    Family { model_type: "qwen2", architecture: "qwen2", interleaved: false, ..LLAMA },
-    Family { model_type: "qwen3", architecture: "qwen3", interleaved: false, ..LLAMA },
-    Family {
-        model_type: "qwen3_5_moe_text",
-        architecture: "qwen35moe",
-        names: QWEN_3_5,
-        keys: DELTA_NET,
-        interleaved: false,
-        norm_offset: 1.0,
-        recurrent: &["linear_attention"],
-        ..LLAMA
-    },
-    Family {
-        model_type: "qwen3_5_text",
-        architecture: "qwen35",
-        names: QWEN_3_5,
-        keys: DELTA_NET,
-        interleaved: false,
-        norm_offset: 1.0,
-        recurrent: &["linear_attention"],
-        ..LLAMA
-    },
-    Family {
-        model_type: "qwen3_moe",
-        architecture: "qwen3moe",
-        names: &[
-            ("layers.{}.mlp.gate", "blk.{}.ffn_gate_inp"),
-            ("layers.{}.mlp.experts.{}.gate_proj", "blk.{}.ffn_gate_exps"),
-            ("layers.{}.mlp.experts.{}.down_proj", "blk.{}.ffn_down_exps"),
-            ("layers.{}.mlp.experts.{}.up_proj", "blk.{}.ffn_up_exps"),
-        ],
-        keys: &[
-            ("expert_feed_forward_length", &["moe_intermediate_size"], Kind::U32),
-            ("expert_weights_norm", &["norm_topk_prob"], Kind::Bool),
-        ],
-        only: &[
-            ("hidden_act", Only::Text("silu")),
-            ("decoder_sparse_step", Only::Number(1.0)),
-            ("mlp_only_layers", Only::Nothing),
-        ],
-        interleaved: false,
-        ..LLAMA
-    },
-    Family {
-        model_type: "smollm3",
-        architecture: "smollm3",
-        only: &[
-            ("hidden_act", Only::Text("silu")),
-            ("no_rope_layer_interval", Only::Number(NOPE_PERIOD as f64)),
-        ],
-        ..LLAMA
-    },
-    Family {
-        model_type: "starcoder2",
-        architecture: "starcoder2",
-        names: &[("layers.{}.mlp.c_fc", "blk.{}.ffn_up"), ("layers.{}.mlp.c_proj", "blk.{}.ffn_down")],
-        only: &[("hidden_act", Only::Text("gelu_pytorch_tanh"))],
-        interleaved: false,
-        ..LLAMA
-    },
-];
 
 /// Models that also see or hear: `model_type` of the whole.
 const SEEING: &[&str] = &["gemma4", "qwen3_5", "qwen3_5_moe"];
@@ -481,9 +37,6 @@ const BESIDE_TEXT: &[&str] = &[
     "model.visual.*",
     "mtp.*",
 ];
-
-/// Period of SmolLM3's layers: the last layer of each period has no RoPE.
-const NOPE_PERIOD: usize = 4;
 
 /// Writes the metadata of a decoder, and returns the mapping of its tensors.
 pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan> {
@@ -514,37 +67,21 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         for (key, from, kind) in keys {
             let there = from.iter().find(|from| config.get(from).is_some());
             let Some(from) = there.or(from.first().filter(|_| required)) else { continue };
-            match *key {
-                // One value for each layer.
-                "attention.head_count_kv" if !family.recurrent.is_empty() => continue,
-                "expert_count" | "expert_used_count"
-                    if config.optional_u32("num_local_experts")? == Some(0) =>
-                {
-                    continue;
-                }
-                // All layers have experts.
-                "feed_forward_length" if architecture == "qwen35moe" => continue,
-                "feed_forward_length" if architecture == "lfm2" => {
-                    w.entry("lfm2.feed_forward_length", lfm2_hidden(config)?)?;
-                    continue;
-                }
-                // Layers differ in these.
-                "attention.head_count_kv"
-                | "attention.key_length"
-                | "attention.value_length"
-                | "feed_forward_length"
-                    if architecture == "gemma4" =>
-                {
-                    continue;
-                }
-                "feed_forward_length" if architecture == "granitehybrid" => {
-                    granite_4_hidden(config, w)?;
-                    continue;
-                }
-                _ => {}
+            let no_experts =
+                key.starts_with("expert_") && config.optional_u32("num_local_experts")? == Some(0);
+            if family.without.contains(key) || no_experts {
+                continue;
             }
             kind.write(&format!("{architecture}.{key}"), config, from, w)?;
         }
+    }
+    for (key, value) in family.fixed {
+        w.entry(&format!("{architecture}.{key}"), *value)?;
+    }
+    match architecture {
+        "granitehybrid" => granite_4_hidden(config, w)?,
+        "lfm2" => w.entry("lfm2.feed_forward_length", lfm2_hidden(config)?)?,
+        _ => {}
     }
     let (heads, layers) = (config.u32("num_attention_heads")?, config.u32("num_hidden_layers")?);
     let head_dim =
@@ -599,9 +136,12 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         );
     }
 
-    let (mut unused, mut required) = (UNUSED.to_vec(), Vec::new());
+    let owned = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<String>>();
+    let (mut unused, mut required) = (owned(UNUSED), Vec::new());
+    unused.extend(owned(family.unused));
+    let output = format!("{}.weight", family.output);
     if seeing {
-        unused.extend(BESIDE_TEXT);
+        unused.extend(owned(BESIDE_TEXT));
         left_out.push("what the model has besides its language model is left out".to_owned());
     }
     let tied = match config.bool("tie_word_embeddings")? {
@@ -610,22 +150,16 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     };
     match tied {
         // Vectors and scores of a matrix of its own need no output matrix.
-        _ if embeds || matches!(reranker, Some(Reranker::Scores)) => unused.push("lm_head.weight"),
+        _ if embeds || matches!(reranker, Some(Reranker::Scores)) => unused.push(output),
         // Some folders also store the tied output matrix.
-        Some(true) => unused.push("lm_head.weight"),
-        Some(false) => required.push("lm_head.weight".to_owned()),
+        Some(true) => unused.push(output),
+        Some(false) => required.push(output),
         None => {}
     }
     let kv_heads = config.optional_u32("num_key_value_heads")?.unwrap_or(heads);
     let matrices = if architecture == "granitehybrid" { scan(config, w)? } else { Vec::new() };
-    let mut names = vec![family.names, NAMES];
-    match architecture {
-        "gemma-embedding" => names.push(&[("dense_2.linear", "dense_2"), ("dense_3.linear", "dense_3")]),
-        "gemma4" => names.push(GEMMA_4),
-        "lfm2moe" => names.push(LFM2_EXPERTS),
-        "qwen35moe" => names.push(QWEN_3_5_EXPERTS),
-        _ => {}
-    }
+    let mut names = family.names.to_vec();
+    names.push(NAMES);
     if architecture == "granitehybrid" {
         let has_experts = config.optional_u32("num_local_experts")?.is_some_and(|count| count > 0);
         names.push(if has_experts { GRANITE_4_SHARED } else { GRANITE_4_ONLY });
@@ -656,7 +190,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     Ok(Plan {
         scheme,
         takes_turns: architecture == "gpt-oss",
-        prefix: if seeing { "model.language_model." } else { "model." },
+        prefix: if seeing { "model.language_model." } else { family.prefix },
         names,
         unused,
         required,
@@ -687,7 +221,7 @@ search query, retrieve relevant passages that answer the query\n<Query>: {query}
 <|im_start|>assistant\n<think>\n\n</think>\n\n";
 
 /// Names of what gives its scores. They come before those of other models.
-const HEAD: &[(&str, &str)] = &[("lm_head", "cls.output"), ("score", "cls.output")];
+const HEAD: Names = &[("lm_head", "cls.output"), ("score", "cls.output")];
 
 impl Reranker {
     /// Its configuration is that of a model that generates, so only its name tells.

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use super::families::Names;
 use super::folder::Json;
 use super::options::{self, Key, Kind, Only};
 use super::rope::Rope;
@@ -12,8 +13,6 @@ use super::vocabulary::Task;
 use super::{Plan, Rows, vocabulary, wordpiece};
 use crate::error::Result;
 use crate::gguf::write::Writer;
-
-type Names = &'static [(&'static str, &'static str)];
 
 /// The differences between families.
 struct Family {
@@ -237,6 +236,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         left_out.extend(found.left_out);
         beside = found.beside;
     }
+    let unused = unused.into_iter().map(str::to_owned).collect();
     Ok(Plan { prefix: family.prefix, names, unused, required, taken, beside, left_out, ..Plan::default() })
 }
 

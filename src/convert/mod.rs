@@ -7,6 +7,7 @@
 
 mod decoder;
 mod encoder;
+mod families;
 mod folder;
 mod options;
 mod part;
@@ -29,6 +30,7 @@ use crate::gguf::{Gguf, printable};
 use crate::map::Source;
 use crate::model::{Model, ProgramOptions};
 use crate::tokenizer::Tokenizer;
+use families::Names;
 use folder::{Files, Json};
 use part::{Part, Scheme};
 
@@ -61,9 +63,9 @@ struct Plan {
     prefix: &'static str,
     /// Names in the folder and in GGUF files, both without `.weight` and `.bias` or both whole; the first `{}`
     /// is a layer, the second an expert.
-    names: Vec<&'static [(&'static str, &'static str)]>,
+    names: Vec<Names>,
     /// Names to ignore; a star at one end matches anything.
-    unused: Vec<&'static str>,
+    unused: Vec<String>,
     /// Required names, without which the model could still be opened.
     required: Vec<String>,
     /// Names in GGUF files whose rows are reordered, with the number of heads.

@@ -1,0 +1,485 @@
+//! The decoders: each family's names of weights and options, in folders and in GGUF files.
+
+use super::options::{Key, Kind, Only};
+
+pub(super) type Names = &'static [(&'static str, &'static str)];
+
+/// The differences between families.
+pub(super) struct Family {
+    /// `model_type` of config.json, and `general.architecture`.
+    pub(super) model_type: &'static str,
+    pub(super) architecture: &'static str,
+    /// Optional prefix of names.
+    pub(super) prefix: &'static str,
+    /// The family's own names, which come before [`NAMES`].
+    pub(super) names: &'static [Names],
+    /// The name of the output matrix.
+    pub(super) output: &'static str,
+    /// Names to ignore, besides [`UNUSED`].
+    pub(super) unused: &'static [&'static str],
+    /// The family's own options.
+    pub(super) keys: &'static [Key],
+    /// Keys of all families that it lacks, or whose values are its own.
+    pub(super) without: &'static [&'static str],
+    /// Keys that are the same for all its models.
+    pub(super) fixed: &'static [(&'static str, u32)],
+    /// Options with a single supported value.
+    pub(super) only: &'static [(&'static str, Only)],
+    /// Whether rows are reordered: published weights rotate elements `(i, i + n / 2)` of a head, GGUF files
+    /// adjacent ones.
+    pub(super) interleaved: bool,
+    /// Added to the weights of norms.
+    pub(super) norm_offset: f32,
+    pub(super) window: Window,
+    /// Whether tokens see later ones, too, as `use_bidirectional_attention` says: an encoder.
+    pub(super) both_ways: bool,
+    /// What layers without attention are called in `layer_types`; nothing: all have it.
+    pub(super) recurrent: &'static [&'static str],
+    /// Default base of rotary frequencies.
+    pub(super) rope_base: Option<f64>,
+}
+
+/// The layers with a sliding window.
+#[derive(Clone, Copy)]
+pub(super) enum Window {
+    /// All layers, if the config has a window.
+    All,
+    /// All layers but the last of each period, unless the config lists the layers.
+    Period(u32),
+}
+
+/// Required options.
+pub(super) const REQUIRED: &[Key] = &[
+    ("context_length", &["max_position_embeddings"], Kind::U32),
+    ("embedding_length", &["hidden_size"], Kind::U32),
+    ("block_count", &["num_hidden_layers"], Kind::U32),
+    ("feed_forward_length", &["intermediate_size"], Kind::U32),
+    ("attention.head_count", &["num_attention_heads"], Kind::U32),
+    ("vocab_size", &["vocab_size"], Kind::U32),
+];
+
+/// Optional options. If a family requires one, opening the result reports it.
+pub(super) const OPTIONAL: &[Key] = &[
+    ("attention.head_count_kv", &["num_key_value_heads"], Kind::U32),
+    ("attention.key_length", &["head_dim"], Kind::U32),
+    ("attention.value_length", &["head_dim"], Kind::U32),
+    ("attention.layer_norm_rms_epsilon", &["rms_norm_eps", "norm_eps"], Kind::F32),
+    ("attention.layer_norm_epsilon", &["layer_norm_eps", "norm_epsilon"], Kind::F32),
+    ("expert_count", &["num_local_experts", "num_experts"], Kind::U32),
+    ("expert_used_count", &["num_experts_per_tok"], Kind::U32),
+];
+
+/// Names that most families have, without `model.` in front.
+pub(super) const NAMES: Names = &[
+    ("embed_tokens", "token_embd"),
+    ("norm", "output_norm"),
+    ("lm_head", "output"),
+    ("layers.{}.input_layernorm", "blk.{}.attn_norm"),
+    ("layers.{}.self_attn.q_proj", "blk.{}.attn_q"),
+    ("layers.{}.self_attn.k_proj", "blk.{}.attn_k"),
+    ("layers.{}.self_attn.v_proj", "blk.{}.attn_v"),
+    ("layers.{}.self_attn.o_proj", "blk.{}.attn_output"),
+    ("layers.{}.self_attn.q_norm", "blk.{}.attn_q_norm"),
+    ("layers.{}.self_attn.k_norm", "blk.{}.attn_k_norm"),
+    ("layers.{}.post_attention_layernorm", "blk.{}.ffn_norm"),
+    ("layers.{}.mlp.gate_proj", "blk.{}.ffn_gate"),
+    ("layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
+    ("layers.{}.mlp.down_proj", "blk.{}.ffn_down"),
+];
+
+/// Norms after the blocks as well as before them, or instead.
+pub(super) const POST_NORMS: Names = &[
+    ("layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm"),
+    ("layers.{}.pre_feedforward_layernorm", "blk.{}.ffn_norm"),
+    ("layers.{}.post_feedforward_layernorm", "blk.{}.post_ffw_norm"),
+];
+
+/// GLM's names: gate and up are in one weight.
+pub(super) const GLM: Names = &[("layers.{}.mlp.gate_up_proj", "blk.{}.ffn_up")];
+
+/// GLM-4-0414's norms after its blocks.
+pub(super) const GLM_4: Names = &[
+    ("layers.{}.post_self_attn_layernorm", "blk.{}.post_attention_norm"),
+    ("layers.{}.post_mlp_layernorm", "blk.{}.post_ffw_norm"),
+    ("layers.{}.mlp.gate_up_proj", "blk.{}.ffn_up"),
+];
+
+/// Gemma 4's names.
+pub(super) const GEMMA_4: Names = &[
+    ("embed_tokens_per_layer", "per_layer_token_embd"),
+    ("per_layer_model_projection", "per_layer_model_proj"),
+    ("per_layer_projection_norm", "per_layer_proj_norm"),
+    ("layers.{}.per_layer_input_gate", "blk.{}.inp_gate"),
+    ("layers.{}.per_layer_projection", "blk.{}.proj"),
+    ("layers.{}.post_per_layer_input_norm", "blk.{}.post_norm"),
+    ("layers.{}.layer_scalar", "blk.{}.layer_output_scale.weight"),
+];
+
+/// gpt-oss's names.
+pub(super) const GPT_OSS: Names = &[
+    ("layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm"),
+    ("layers.{}.self_attn.sinks", "blk.{}.attn_sinks.weight"),
+    ("layers.{}.mlp.router", "blk.{}.ffn_gate_inp"),
+    ("layers.{}.mlp.experts.gate_up_proj", "blk.{}.ffn_gate_up_exps.weight"),
+    ("layers.{}.mlp.experts.gate_up_proj_bias", "blk.{}.ffn_gate_up_exps.bias"),
+    ("layers.{}.mlp.experts.down_proj", "blk.{}.ffn_down_exps.weight"),
+    ("layers.{}.mlp.experts.down_proj_bias", "blk.{}.ffn_down_exps.bias"),
+];
+
+/// Granite 4's names. Without experts, the block for all tokens is the only one.
+pub(super) const GRANITE_4: Names = &[
+    ("layers.{}.mamba.in_proj", "blk.{}.ssm_in"),
+    ("layers.{}.mamba.conv1d", "blk.{}.ssm_conv1d"),
+    ("layers.{}.mamba.A_log", "blk.{}.ssm_a"),
+    ("layers.{}.mamba.D", "blk.{}.ssm_d"),
+    ("layers.{}.mamba.dt_bias", "blk.{}.ssm_dt.bias"),
+    ("layers.{}.mamba.norm", "blk.{}.ssm_norm"),
+    ("layers.{}.mamba.out_proj", "blk.{}.ssm_out"),
+    ("layers.{}.block_sparse_moe.router.layer", "blk.{}.ffn_gate_inp"),
+    ("layers.{}.block_sparse_moe.input_linear", "blk.{}.ffn_gate_up_exps"),
+    ("layers.{}.block_sparse_moe.output_linear", "blk.{}.ffn_down_exps"),
+];
+pub(super) const GRANITE_4_ONLY: Names = &[
+    ("layers.{}.shared_mlp.input_linear", "blk.{}.ffn_gate_up"),
+    ("layers.{}.shared_mlp.output_linear", "blk.{}.ffn_down"),
+];
+pub(super) const GRANITE_4_SHARED: Names = &[
+    ("layers.{}.shared_mlp.input_linear", "blk.{}.ffn_gate_up_shexp"),
+    ("layers.{}.shared_mlp.output_linear", "blk.{}.ffn_down_shexp"),
+];
+
+pub(super) const LFM2: Names = &[
+    ("embedding_norm", "token_embd_norm"),
+    ("layers.{}.operator_norm", "blk.{}.attn_norm"),
+    ("layers.{}.ffn_norm", "blk.{}.ffn_norm"),
+    ("layers.{}.conv.conv", "blk.{}.shortconv.conv"),
+    ("layers.{}.conv.in_proj", "blk.{}.shortconv.in_proj"),
+    ("layers.{}.conv.out_proj", "blk.{}.shortconv.out_proj"),
+    ("layers.{}.self_attn.out_proj", "blk.{}.attn_output"),
+    ("layers.{}.self_attn.q_layernorm", "blk.{}.attn_q_norm"),
+    ("layers.{}.self_attn.k_layernorm", "blk.{}.attn_k_norm"),
+    ("layers.{}.feed_forward.w1", "blk.{}.ffn_gate"),
+    ("layers.{}.feed_forward.w2", "blk.{}.ffn_down"),
+    ("layers.{}.feed_forward.w3", "blk.{}.ffn_up"),
+];
+
+pub(super) const LFM2_EXPERTS: Names = &[
+    ("layers.{}.feed_forward.gate", "blk.{}.ffn_gate_inp"),
+    ("layers.{}.feed_forward.expert_bias", "blk.{}.exp_probs_b.bias"),
+    ("layers.{}.feed_forward.experts.{}.w1", "blk.{}.ffn_gate_exps"),
+    ("layers.{}.feed_forward.experts.{}.w2", "blk.{}.ffn_down_exps"),
+    ("layers.{}.feed_forward.experts.{}.w3", "blk.{}.ffn_up_exps"),
+];
+
+/// Experts are tensors of their own, or parts of one.
+pub(super) const EXPERTS: Names = &[
+    ("layers.{}.mlp.gate", "blk.{}.ffn_gate_inp"),
+    ("layers.{}.mlp.experts.{}.gate_proj", "blk.{}.ffn_gate_exps"),
+    ("layers.{}.mlp.experts.{}.up_proj", "blk.{}.ffn_up_exps"),
+    ("layers.{}.mlp.experts.{}.down_proj", "blk.{}.ffn_down_exps"),
+    ("layers.{}.mlp.experts.gate_up_proj", "blk.{}.ffn_gate_up_exps.weight"),
+    ("layers.{}.mlp.experts.down_proj", "blk.{}.ffn_down_exps.weight"),
+    ("layers.{}.mlp.gate.e_score_correction_bias", "blk.{}.exp_probs_b.bias"),
+    ("layers.{}.mlp.shared_expert_gate", "blk.{}.ffn_gate_inp_shexp"),
+    ("layers.{}.mlp.shared_expert.gate_proj", "blk.{}.ffn_gate_shexp"),
+    ("layers.{}.mlp.shared_expert.up_proj", "blk.{}.ffn_up_shexp"),
+    ("layers.{}.mlp.shared_expert.down_proj", "blk.{}.ffn_down_shexp"),
+    ("layers.{}.mlp.shared_experts.gate_proj", "blk.{}.ffn_gate_shexp"),
+    ("layers.{}.mlp.shared_experts.up_proj", "blk.{}.ffn_up_shexp"),
+    ("layers.{}.mlp.shared_experts.down_proj", "blk.{}.ffn_down_shexp"),
+];
+
+/// Keys of Qwen 3.5's recurrent layers; a mixture also has those of its experts.
+pub(super) const DELTA_NET: &[Key] = &[
+    ("ssm.conv_kernel", &["linear_conv_kernel_dim"], Kind::U32),
+    ("ssm.state_size", &["linear_key_head_dim"], Kind::U32),
+    ("ssm.group_count", &["linear_num_key_heads"], Kind::U32),
+    ("ssm.time_step_rank", &["linear_num_value_heads"], Kind::U32),
+    ("expert_feed_forward_length", &["moe_intermediate_size"], Kind::U32),
+    ("expert_shared_feed_forward_length", &["shared_expert_intermediate_size"], Kind::U32),
+];
+
+pub(super) const QWEN_3_5: Names = &[
+    ("layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm"),
+    ("layers.{}.linear_attn.in_proj_qkv", "blk.{}.attn_qkv"),
+    ("layers.{}.linear_attn.in_proj_z", "blk.{}.attn_gate"),
+    ("layers.{}.linear_attn.in_proj_b", "blk.{}.ssm_beta"),
+    ("layers.{}.linear_attn.in_proj_a", "blk.{}.ssm_alpha"),
+    ("layers.{}.linear_attn.conv1d", "blk.{}.ssm_conv1d"),
+    ("layers.{}.linear_attn.A_log", "blk.{}.ssm_a"),
+    ("layers.{}.linear_attn.dt_bias", "blk.{}.ssm_dt.bias"),
+    ("layers.{}.linear_attn.norm", "blk.{}.ssm_norm"),
+    ("layers.{}.linear_attn.out_proj", "blk.{}.ssm_out"),
+];
+
+/// Ignored tensors: RoPE frequencies, which are computed.
+pub(super) const UNUSED: &[&str] = &["*.rotary_emb.inv_freq"];
+
+/// Llama; the families below state their differences from it.
+pub(super) const LLAMA: Family = Family {
+    model_type: "llama",
+    architecture: "llama",
+    prefix: "model.",
+    names: &[],
+    output: "lm_head",
+    unused: &[],
+    keys: &[],
+    without: &[],
+    fixed: &[],
+    only: &[("hidden_act", Only::Text("silu"))],
+    interleaved: true,
+    norm_offset: 0.0,
+    window: Window::All,
+    both_ways: false,
+    recurrent: &[],
+    rope_base: None,
+};
+
+pub(super) const GEMMA: Family = Family {
+    names: &[POST_NORMS],
+    keys: &[
+        ("attn_logit_softcapping", &["attn_logit_softcapping"], Kind::F32),
+        ("final_logit_softcapping", &["final_logit_softcapping"], Kind::F32),
+    ],
+    only: &[
+        ("hidden_activation", Only::Text("gelu_pytorch_tanh")),
+        ("use_bidirectional_attention", Only::Bool(false)),
+    ],
+    interleaved: false,
+    norm_offset: 1.0,
+    ..LLAMA
+};
+
+pub(super) const OLMO: Family =
+    Family { architecture: "olmo2", names: &[POST_NORMS], interleaved: false, ..LLAMA };
+
+pub(super) const FAMILIES: &[Family] = &[
+    Family {
+        model_type: "cohere2",
+        architecture: "cohere2",
+        keys: &[("logit_scale", &["logit_scale"], Kind::F32)],
+        only: &[
+            ("hidden_act", Only::Text("silu")),
+            ("use_qk_norm", Only::Bool(false)),
+            ("rotary_pct", Only::Number(1.0)),
+        ],
+        // Its published weights already rotate adjacent elements.
+        interleaved: false,
+        window: Window::Period(4),
+        ..LLAMA
+    },
+    Family {
+        model_type: "gemma2",
+        architecture: "gemma2",
+        window: Window::Period(2),
+        rope_base: Some(1e4),
+        ..GEMMA
+    },
+    Family { model_type: "gemma3_text", architecture: "gemma3", window: Window::Period(6), ..GEMMA },
+    // EmbeddingGemma.
+    Family {
+        model_type: "gemma3_text",
+        architecture: "gemma-embedding",
+        names: &[&[("dense_2.linear", "dense_2"), ("dense_3.linear", "dense_3")], POST_NORMS],
+        keys: &[],
+        only: &[
+            ("hidden_activation", Only::Text("gelu_pytorch_tanh")),
+            ("attn_logit_softcapping", Only::Number(0.0)),
+            ("final_logit_softcapping", Only::Number(0.0)),
+        ],
+        window: Window::Period(6),
+        both_ways: true,
+        ..GEMMA
+    },
+    Family {
+        model_type: "gemma4_text",
+        architecture: "gemma4",
+        names: &[GEMMA_4, POST_NORMS],
+        without: &[
+            "attention.head_count_kv",
+            "attention.key_length",
+            "attention.value_length",
+            "feed_forward_length",
+        ],
+        keys: &[
+            ("final_logit_softcapping", &["final_logit_softcapping"], Kind::F32),
+            ("attention.shared_kv_layers", &["num_kv_shared_layers"], Kind::U32),
+            ("attention.key_length_swa", &["head_dim"], Kind::U32),
+            ("attention.value_length_swa", &["head_dim"], Kind::U32),
+            ("rope.dimension_count_swa", &["head_dim"], Kind::U32),
+        ],
+        only: &[
+            ("hidden_activation", Only::Text("gelu_pytorch_tanh")),
+            // Images are not read.
+            ("use_bidirectional_attention", Only::Text("vision")),
+            ("enable_moe_block", Only::Bool(false)),
+        ],
+        norm_offset: 0.0,
+        window: Window::Period(6),
+        ..GEMMA
+    },
+    // Its published weights already rotate adjacent elements.
+    Family { model_type: "glm", architecture: "chatglm", names: &[GLM], interleaved: false, ..LLAMA },
+    Family { model_type: "glm4", architecture: "glm4", names: &[GLM_4], interleaved: false, ..LLAMA },
+    Family {
+        model_type: "gpt_oss",
+        architecture: "gpt-oss",
+        names: &[GPT_OSS],
+        keys: &[("expert_feed_forward_length", &["intermediate_size"], Kind::U32)],
+        only: &[
+            ("hidden_act", Only::Text("silu")),
+            ("swiglu_limit", Only::Number(7.0)),
+            ("attention_bias", Only::Bool(true)),
+        ],
+        interleaved: false,
+        window: Window::Period(2),
+        ..LLAMA
+    },
+    Family {
+        model_type: "granite",
+        architecture: "granite",
+        keys: &[
+            ("attention.scale", &["attention_multiplier"], Kind::F32),
+            ("embedding_scale", &["embedding_multiplier"], Kind::F32),
+            ("residual_scale", &["residual_multiplier"], Kind::F32),
+            ("logit_scale", &["logits_scaling"], Kind::F32),
+        ],
+        ..LLAMA
+    },
+    Family {
+        model_type: "granitemoehybrid",
+        architecture: "granitehybrid",
+        without: &["attention.head_count_kv", "feed_forward_length"],
+        names: &[GRANITE_4],
+        keys: &[
+            ("attention.scale", &["attention_multiplier"], Kind::F32),
+            ("embedding_scale", &["embedding_multiplier"], Kind::F32),
+            ("residual_scale", &["residual_multiplier"], Kind::F32),
+            ("logit_scale", &["logits_scaling"], Kind::F32),
+            ("ssm.conv_kernel", &["mamba_d_conv"], Kind::U32),
+            ("ssm.state_size", &["mamba_d_state"], Kind::U32),
+            ("ssm.group_count", &["mamba_n_groups"], Kind::U32),
+            ("ssm.time_step_rank", &["mamba_n_heads"], Kind::U32),
+        ],
+        only: &[("hidden_act", Only::Text("silu")), ("mamba_proj_bias", Only::Bool(false))],
+        recurrent: &["mamba", "linear_attention"],
+        rope_base: Some(1e4),
+        ..LLAMA
+    },
+    Family {
+        model_type: "lfm2",
+        architecture: "lfm2",
+        without: &["attention.head_count_kv", "feed_forward_length"],
+        names: &[LFM2],
+        keys: &[("shortconv.l_cache", &["conv_L_cache"], Kind::U32)],
+        only: &[("conv_bias", Only::Bool(false))],
+        interleaved: false,
+        recurrent: &["conv"],
+        rope_base: Some(1e6),
+        ..LLAMA
+    },
+    Family {
+        model_type: "lfm2_moe",
+        architecture: "lfm2moe",
+        without: &["attention.head_count_kv"],
+        names: &[LFM2, LFM2_EXPERTS],
+        keys: &[
+            ("shortconv.l_cache", &["conv_L_cache"], Kind::U32),
+            ("leading_dense_block_count", &["num_dense_layers"], Kind::U32),
+            ("expert_feed_forward_length", &["moe_intermediate_size"], Kind::U32),
+            ("expert_weights_norm", &["norm_topk_prob"], Kind::Bool),
+            ("expert_weights_scale", &["routed_scaling_factor"], Kind::F32),
+        ],
+        only: &[("conv_bias", Only::Bool(false))],
+        interleaved: false,
+        recurrent: &["conv"],
+        rope_base: Some(1e6),
+        ..LLAMA
+    },
+    Family { rope_base: Some(1e4), ..LLAMA },
+    Family { model_type: "mistral", rope_base: Some(1e4), ..LLAMA },
+    Family {
+        model_type: "mixtral",
+        names: &[&[
+            ("layers.{}.block_sparse_moe.gate", "blk.{}.ffn_gate_inp"),
+            ("layers.{}.block_sparse_moe.experts.{}.w1", "blk.{}.ffn_gate_exps"),
+            ("layers.{}.block_sparse_moe.experts.{}.w2", "blk.{}.ffn_down_exps"),
+            ("layers.{}.block_sparse_moe.experts.{}.w3", "blk.{}.ffn_up_exps"),
+        ]],
+        ..LLAMA
+    },
+    Family { model_type: "olmo2", ..OLMO },
+    Family { model_type: "olmo3", window: Window::Period(4), ..OLMO },
+    Family {
+        model_type: "phi3",
+        architecture: "phi3",
+        names: &[&[
+            ("layers.{}.self_attn.qkv_proj", "blk.{}.attn_qkv"),
+            ("layers.{}.mlp.gate_up_proj", "blk.{}.ffn_up"),
+        ]],
+        interleaved: false,
+        rope_base: Some(1e4),
+        ..LLAMA
+    },
+    Family { model_type: "qwen2", architecture: "qwen2", interleaved: false, ..LLAMA },
+    Family { model_type: "qwen3", architecture: "qwen3", interleaved: false, ..LLAMA },
+    Family {
+        model_type: "qwen3_5_moe_text",
+        architecture: "qwen35moe",
+        // All layers have experts.
+        without: &["attention.head_count_kv", "feed_forward_length"],
+        names: &[QWEN_3_5, EXPERTS],
+        keys: DELTA_NET,
+        interleaved: false,
+        norm_offset: 1.0,
+        recurrent: &["linear_attention"],
+        ..LLAMA
+    },
+    Family {
+        model_type: "qwen3_5_text",
+        architecture: "qwen35",
+        without: &["attention.head_count_kv"],
+        names: &[QWEN_3_5],
+        keys: DELTA_NET,
+        interleaved: false,
+        norm_offset: 1.0,
+        recurrent: &["linear_attention"],
+        ..LLAMA
+    },
+    Family {
+        model_type: "qwen3_moe",
+        architecture: "qwen3moe",
+        names: &[EXPERTS],
+        keys: &[
+            ("expert_feed_forward_length", &["moe_intermediate_size"], Kind::U32),
+            ("expert_weights_norm", &["norm_topk_prob"], Kind::Bool),
+        ],
+        only: &[
+            ("hidden_act", Only::Text("silu")),
+            ("decoder_sparse_step", Only::Number(1.0)),
+            ("mlp_only_layers", Only::Nothing),
+        ],
+        interleaved: false,
+        ..LLAMA
+    },
+    Family {
+        model_type: "smollm3",
+        architecture: "smollm3",
+        only: &[
+            ("hidden_act", Only::Text("silu")),
+            ("no_rope_layer_interval", Only::Number(NOPE_PERIOD as f64)),
+        ],
+        ..LLAMA
+    },
+    Family {
+        model_type: "starcoder2",
+        architecture: "starcoder2",
+        names: &[&[("layers.{}.mlp.c_fc", "blk.{}.ffn_up"), ("layers.{}.mlp.c_proj", "blk.{}.ffn_down")]],
+        only: &[("hidden_act", Only::Text("gelu_pytorch_tanh"))],
+        interleaved: false,
+        ..LLAMA
+    },
+];
+
+/// Period of SmolLM3's layers: the last layer of each period has no RoPE.
+pub(super) const NOPE_PERIOD: usize = 4;
