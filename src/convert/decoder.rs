@@ -22,6 +22,9 @@ use crate::rank;
 /// Where a folder says in words what it is.
 const README: &str = "README.md";
 
+/// Maximum layers that draft tokens.
+const MAX_DRAFTING: u32 = 16;
+
 /// Maximum layers and elements of a head, checked before allocations; the runtime's limits are lower.
 const MAX_EXTENT: u32 = 1 << 16;
 
@@ -84,11 +87,14 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         _ => {}
     }
     let (heads, layers) = (config.u32("num_attention_heads")?, config.u32("num_hidden_layers")?);
-    let head_dim =
-        match config.optional_u32(if architecture == "gemma4" { "global_head_dim" } else { "head_dim" })? {
-            Some(head_dim) => head_dim,
-            None => config.u32("hidden_size")?.checked_div(heads).unwrap_or(0),
-        };
+    let head_dim = match config.optional_u32(match architecture {
+        "gemma4" => "global_head_dim",
+        "deepseek2" => "qk_rope_head_dim",
+        _ => "head_dim",
+    })? {
+        Some(head_dim) => head_dim,
+        None => config.u32("hidden_size")?.checked_div(heads).unwrap_or(0),
+    };
     for (key, extent) in [("num_hidden_layers", layers), ("head_dim", head_dim)] {
         if extent > MAX_EXTENT {
             return Err(config.wrong(key, &format!("at most {MAX_EXTENT}"), extent));
@@ -156,6 +162,19 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         Some(false) => required.push(output),
         None => {}
     }
+    // Layers behind the others draft tokens.
+    let drafting = config.optional_u32("num_nextn_predict_layers")?.unwrap_or(0).min(MAX_DRAFTING);
+    for layer in layers..layers.saturating_add(drafting) {
+        unused.push(format!("layers.{layer}.*"));
+    }
+    if drafting > 0 {
+        left_out.push("layers that draft tokens are left out".to_owned());
+    }
+    if let Some(last) = config.get("moe_layer_end_index").filter(|last| last.as_i64() != Some(-1))
+        && last.as_u64() != Some(u64::from(layers).saturating_sub(1))
+    {
+        return Err(config.wrong("moe_layer_end_index", "the last layer", last));
+    }
     let kv_heads = config.optional_u32("num_key_value_heads")?.unwrap_or(heads);
     let matrices = if architecture == "granitehybrid" { scan(config, w)? } else { Vec::new() };
     let mut names = family.names.to_vec();
@@ -165,6 +184,9 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         names.push(if has_experts { GRANITE_4_SHARED } else { GRANITE_4_ONLY });
     }
     let mut taken = Vec::new();
+    if architecture == "deepseek2" {
+        taken.extend(latent(config, w)?);
+    }
     match &reranker {
         Some(Reranker::Tokens(ids)) => {
             w.entry(&format!("{architecture}.pooling_type"), 4u32)?;
@@ -185,7 +207,14 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         w.entry(rank::TEMPLATE, RERANK)?;
     }
     let has_delta_net = matches!(architecture, "qwen35" | "qwen35moe");
-    let by_value_head = if has_delta_net { value_heads(config, architecture, w)? } else { Vec::new() };
+    let fused = [(".attn_qkv", Axis::Rows, ValueHeads::interleaved(heads, 3, head_dim))];
+    let by_value_head = if architecture == "gptneox" {
+        fused.to_vec()
+    } else if has_delta_net {
+        value_heads(config, architecture, w)?
+    } else {
+        Vec::new()
+    };
     let interleaved = vec![(".attn_q", heads as usize), (".attn_k", kv_heads as usize)];
     Ok(Plan {
         scheme,
@@ -391,6 +420,35 @@ fn value_heads(
         (".ssm_alpha", Axis::Rows, single),
         (".ssm_a", Axis::Rows, single),
         (".ssm_dt", Axis::Rows, single),
+    ])
+}
+
+/// Writes DeepSeek's latent attention, and returns what becomes of its matrix of keys and values: files have the keys of each head
+/// transposed, because queries are multiplied with them.
+fn latent(config: &Json, w: &mut Writer) -> Result<[(&'static str, &'static str, Rows); 2]> {
+    let extent = |name: &str| match config.u32(name)? {
+        value @ 1..=MAX_EXTENT => Ok(value),
+        value => Err(config.wrong(name, &format!("1 to {MAX_EXTENT}"), value)),
+    };
+    let (rank, turned) = (extent("kv_lora_rank")?, extent("qk_rope_head_dim")?);
+    let (plain, value) = (extent("qk_nope_head_dim")?, extent("v_head_dim")?);
+    if let Some(rank) = config.optional_u32("q_lora_rank")? {
+        w.entry("deepseek2.attention.q_lora_rank", rank)?;
+    }
+    for (key, value) in [
+        ("kv_lora_rank", rank),
+        ("key_length", rank + turned),
+        ("value_length", rank),
+        ("key_length_mla", plain + turned),
+        ("value_length_mla", value),
+    ] {
+        w.entry(&format!("deepseek2.attention.{key}"), value)?;
+    }
+    let (plain, value) = (plain as usize, value as usize);
+    let part = |part, transposed| Rows::Heads { length: plain + value, part, transposed };
+    Ok([
+        ("blk.{}.attn_k_b.weight", "blk.{}.attn_kv_b.weight", part(0..plain, true)),
+        ("blk.{}.attn_v_b.weight", "blk.{}.attn_kv_b.weight", part(plain..plain + value, false)),
     ])
 }
 

@@ -65,8 +65,8 @@ pub(super) const OPTIONAL: &[Key] = &[
     ("attention.value_length", &["head_dim"], Kind::U32),
     ("attention.layer_norm_rms_epsilon", &["rms_norm_eps", "norm_eps"], Kind::F32),
     ("attention.layer_norm_epsilon", &["layer_norm_eps", "norm_epsilon"], Kind::F32),
-    ("expert_count", &["num_local_experts", "num_experts"], Kind::U32),
-    ("expert_used_count", &["num_experts_per_tok"], Kind::U32),
+    ("expert_count", &["num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"], Kind::U32),
+    ("expert_used_count", &["num_experts_per_tok", "moe_k"], Kind::U32),
 ];
 
 /// Names that most families have, without `model.` in front.
@@ -189,6 +189,79 @@ pub(super) const EXPERTS: Names = &[
     ("layers.{}.mlp.shared_experts.down_proj", "blk.{}.ffn_down_shexp"),
 ];
 
+/// Keys of mixtures of many small experts.
+pub(super) const MIXTURE: &[Key] = &[
+    ("leading_dense_block_count", &["first_k_dense_replace", "moe_layer_start_index"], Kind::U32),
+    ("interleave_moe_layer_step", &["moe_layer_interval"], Kind::U32),
+    ("expert_feed_forward_length", &["moe_intermediate_size"], Kind::U32),
+    (
+        "expert_shared_feed_forward_length",
+        &["shared_expert_intermediate_size", "shared_intermediate_size"],
+        Kind::U32,
+    ),
+    ("expert_shared_count", &["n_shared_experts", "moe_num_shared_experts"], Kind::U32),
+    ("expert_group_count", &["n_group"], Kind::U32),
+    ("expert_group_used_count", &["topk_group"], Kind::U32),
+    ("expert_weights_norm", &["norm_topk_prob"], Kind::Bool),
+    ("expert_weights_scale", &["routed_scaling_factor"], Kind::F32),
+];
+
+/// A value of `expert_gating_func`.
+const SIGMOID: &[(&str, u32)] = &[("expert_gating_func", 2)];
+
+/// Options of mixtures with a single supported value.
+const ALL_LAYERS: [(&str, Only); 2] =
+    [("decoder_sparse_step", Only::Number(1.0)), ("mlp_only_layers", Only::Nothing)];
+
+/// Keys of Granite's factors.
+const GRANITE_FACTORS: &[Key] = &[
+    ("attention.scale", &["attention_multiplier"], Kind::F32),
+    ("embedding_scale", &["embedding_multiplier"], Kind::F32),
+    ("residual_scale", &["residual_multiplier"], Kind::F32),
+    ("logit_scale", &["logits_scaling"], Kind::F32),
+];
+
+/// Names of norms behind the blocks alone.
+const RESULT_NORMS: Names = &[
+    ("layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm"),
+    ("layers.{}.post_feedforward_layernorm", "blk.{}.post_ffw_norm"),
+];
+
+const GPT_NEOX: Names = &[
+    ("embed_in", "token_embd"),
+    ("final_layer_norm", "output_norm"),
+    ("embed_out", "output"),
+    ("layers.{}.attention.query_key_value", "blk.{}.attn_qkv"),
+    ("layers.{}.attention.dense", "blk.{}.attn_output"),
+    ("layers.{}.mlp.dense_h_to_4h", "blk.{}.ffn_up"),
+    ("layers.{}.mlp.dense_4h_to_h", "blk.{}.ffn_down"),
+];
+
+const PHI_2: Names = &[
+    ("final_layernorm", "output_norm"),
+    ("layers.{}.self_attn.dense", "blk.{}.attn_output"),
+    ("layers.{}.mlp.fc1", "blk.{}.ffn_up"),
+    ("layers.{}.mlp.fc2", "blk.{}.ffn_down"),
+];
+
+const MIXTRAL: Names = &[
+    ("layers.{}.block_sparse_moe.gate", "blk.{}.ffn_gate_inp"),
+    ("layers.{}.block_sparse_moe.e_score_correction_bias", "blk.{}.exp_probs_b.bias"),
+    ("layers.{}.block_sparse_moe.experts.{}.w1", "blk.{}.ffn_gate_exps"),
+    ("layers.{}.block_sparse_moe.experts.{}.w2", "blk.{}.ffn_down_exps"),
+    ("layers.{}.block_sparse_moe.experts.{}.w3", "blk.{}.ffn_up_exps"),
+];
+
+/// DeepSeek's latent attention. The matrix of keys and values becomes two.
+const LATENT: Names = &[
+    ("layers.{}.self_attn.q_a_proj", "blk.{}.attn_q_a"),
+    ("layers.{}.self_attn.q_a_layernorm", "blk.{}.attn_q_a_norm"),
+    ("layers.{}.self_attn.q_b_proj", "blk.{}.attn_q_b"),
+    ("layers.{}.self_attn.kv_a_proj_with_mqa", "blk.{}.attn_kv_a_mqa"),
+    ("layers.{}.self_attn.kv_a_layernorm", "blk.{}.attn_kv_a_norm"),
+    ("layers.{}.self_attn.kv_b_proj", "blk.{}.attn_kv_b"),
+];
+
 /// Keys of Qwen 3.5's recurrent layers; a mixture also has those of its experts.
 pub(super) const DELTA_NET: &[Key] = &[
     ("ssm.conv_kernel", &["linear_conv_kernel_dim"], Kind::U32),
@@ -214,6 +287,9 @@ pub(super) const QWEN_3_5: Names = &[
 
 /// Ignored tensors: RoPE frequencies, which are computed.
 pub(super) const UNUSED: &[&str] = &["*.rotary_emb.inv_freq"];
+
+/// The most common option.
+const SILU: (&str, Only) = ("hidden_act", Only::Text("silu"));
 
 /// Llama; the families below state their differences from it.
 pub(super) const LLAMA: Family = Family {
@@ -250,10 +326,27 @@ pub(super) const GEMMA: Family = Family {
     ..LLAMA
 };
 
+const DEEPSEEK: Family = Family {
+    architecture: "deepseek2",
+    names: &[LATENT, EXPERTS],
+    keys: MIXTURE,
+    // All heads share the latent vectors.
+    without: &["attention.head_count_kv", "attention.key_length", "attention.value_length"],
+    fixed: &[("attention.head_count_kv", 1)],
+    interleaved: false,
+    ..LLAMA
+};
+
 pub(super) const OLMO: Family =
     Family { architecture: "olmo2", names: &[POST_NORMS], interleaved: false, ..LLAMA };
 
 pub(super) const FAMILIES: &[Family] = &[
+    Family {
+        model_type: "arcee",
+        architecture: "arcee",
+        only: &[("hidden_act", Only::Text("relu2"))],
+        ..LLAMA
+    },
     Family {
         model_type: "cohere2",
         architecture: "cohere2",
@@ -267,6 +360,72 @@ pub(super) const FAMILIES: &[Family] = &[
         interleaved: false,
         window: Window::Period(4),
         ..LLAMA
+    },
+    Family { model_type: "deepseek_v2", only: &[SILU, ("topk_method", Only::Text("greedy"))], ..DEEPSEEK },
+    Family {
+        model_type: "deepseek_v3",
+        only: &[
+            SILU,
+            ("topk_method", Only::Text("noaux_tc")),
+            ("scoring_func", Only::Text("sigmoid")),
+            ("rope_interleave", Only::Bool(true)),
+        ],
+        fixed: &[("attention.head_count_kv", 1), ("expert_gating_func", 2)],
+        ..DEEPSEEK
+    },
+    Family {
+        model_type: "dots1",
+        architecture: "dots1",
+        names: &[EXPERTS],
+        keys: MIXTURE,
+        fixed: SIGMOID,
+        only: &[SILU, ("scoring_func", Only::Text("noaux_tc"))],
+        interleaved: false,
+        ..LLAMA
+    },
+    // Its published weights already rotate adjacent elements.
+    Family {
+        model_type: "ernie4_5",
+        architecture: "ernie4_5",
+        only: &[SILU, ("use_bias", Only::Bool(false))],
+        interleaved: false,
+        rope_base: Some(5e5),
+        ..LLAMA
+    },
+    Family {
+        model_type: "ernie4_5_moe",
+        architecture: "ernie4_5-moe",
+        names: &[
+            &[("layers.{}.mlp.moe_statics.e_score_correction_bias", "blk.{}.exp_probs_b.bias")],
+            EXPERTS,
+        ],
+        unused: &["mtp_*"],
+        keys: MIXTURE,
+        only: &[SILU, ("use_bias", Only::Bool(false))],
+        interleaved: false,
+        rope_base: Some(5e5),
+        ..LLAMA
+    },
+    Family {
+        model_type: "exaone4",
+        architecture: "exaone4",
+        names: &[RESULT_NORMS],
+        interleaved: false,
+        window: Window::Period(4),
+        ..LLAMA
+    },
+    Family {
+        model_type: "gemma",
+        architecture: "gemma",
+        names: &[],
+        keys: &[],
+        only: &[
+            ("hidden_act", Only::Text("gelu_pytorch_tanh")),
+            ("hidden_activation", Only::Text("gelu_pytorch_tanh")),
+            ("use_bidirectional_attention", Only::Bool(false)),
+        ],
+        rope_base: Some(1e4),
+        ..GEMMA
     },
     Family {
         model_type: "gemma2",
@@ -322,6 +481,28 @@ pub(super) const FAMILIES: &[Family] = &[
     Family { model_type: "glm", architecture: "chatglm", names: &[GLM], interleaved: false, ..LLAMA },
     Family { model_type: "glm4", architecture: "glm4", names: &[GLM_4], interleaved: false, ..LLAMA },
     Family {
+        model_type: "glm4_moe",
+        architecture: "glm4moe",
+        names: &[&[("layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm")], EXPERTS],
+        keys: MIXTURE,
+        fixed: SIGMOID,
+        interleaved: false,
+        ..LLAMA
+    },
+    Family {
+        model_type: "gpt_neox",
+        architecture: "gptneox",
+        prefix: "gpt_neox.",
+        names: &[GPT_NEOX],
+        output: "embed_out",
+        unused: &["*.attention.bias", "*.attention.masked_bias"],
+        keys: &[("use_parallel_residual", &["use_parallel_residual"], Kind::Bool)],
+        only: &[("hidden_act", Only::Text("gelu"))],
+        interleaved: false,
+        rope_base: Some(1e4),
+        ..LLAMA
+    },
+    Family {
         model_type: "gpt_oss",
         architecture: "gpt-oss",
         names: &[GPT_OSS],
@@ -335,14 +516,24 @@ pub(super) const FAMILIES: &[Family] = &[
         window: Window::Period(2),
         ..LLAMA
     },
+    Family { model_type: "granite", architecture: "granite", keys: GRANITE_FACTORS, ..LLAMA },
     Family {
-        model_type: "granite",
-        architecture: "granite",
+        model_type: "granitemoe",
+        architecture: "granitemoe",
+        names: &[GRANITE_4],
+        keys: GRANITE_FACTORS,
+        ..LLAMA
+    },
+    Family {
+        model_type: "granitemoeshared",
+        architecture: "granitemoe",
+        names: &[GRANITE_4, GRANITE_4_SHARED],
         keys: &[
-            ("attention.scale", &["attention_multiplier"], Kind::F32),
-            ("embedding_scale", &["embedding_multiplier"], Kind::F32),
-            ("residual_scale", &["residual_multiplier"], Kind::F32),
-            ("logit_scale", &["logits_scaling"], Kind::F32),
+            GRANITE_FACTORS[0],
+            GRANITE_FACTORS[1],
+            GRANITE_FACTORS[2],
+            GRANITE_FACTORS[3],
+            ("expert_shared_feed_forward_length", &["shared_intermediate_size"], Kind::U32),
         ],
         ..LLAMA
     },
@@ -363,6 +554,17 @@ pub(super) const FAMILIES: &[Family] = &[
         ],
         only: &[("hidden_act", Only::Text("silu")), ("mamba_proj_bias", Only::Bool(false))],
         recurrent: &["mamba", "linear_attention"],
+        rope_base: Some(1e4),
+        ..LLAMA
+    },
+    Family {
+        model_type: "hunyuan_v1_dense",
+        architecture: "hunyuan-dense",
+        names: &[&[
+            ("layers.{}.self_attn.query_layernorm", "blk.{}.attn_q_norm"),
+            ("layers.{}.self_attn.key_layernorm", "blk.{}.attn_k_norm"),
+        ]],
+        interleaved: false,
         rope_base: Some(1e4),
         ..LLAMA
     },
@@ -397,19 +599,46 @@ pub(super) const FAMILIES: &[Family] = &[
         ..LLAMA
     },
     Family { rope_base: Some(1e4), ..LLAMA },
-    Family { model_type: "mistral", rope_base: Some(1e4), ..LLAMA },
     Family {
-        model_type: "mixtral",
-        names: &[&[
-            ("layers.{}.block_sparse_moe.gate", "blk.{}.ffn_gate_inp"),
-            ("layers.{}.block_sparse_moe.experts.{}.w1", "blk.{}.ffn_gate_exps"),
-            ("layers.{}.block_sparse_moe.experts.{}.w2", "blk.{}.ffn_down_exps"),
-            ("layers.{}.block_sparse_moe.experts.{}.w3", "blk.{}.ffn_up_exps"),
-        ]],
+        model_type: "minimax_m2",
+        architecture: "minimax-m2",
+        names: &[MIXTRAL],
+        unused: &["mtp.*"],
+        keys: &[("expert_feed_forward_length", &["intermediate_size"], Kind::U32)],
+        fixed: SIGMOID,
+        only: &[
+            SILU,
+            ("scoring_func", Only::Text("sigmoid")),
+            ("use_qk_norm", Only::Bool(true)),
+            ("qk_norm_type", Only::Text("per_layer")),
+            ("shared_intermediate_size", Only::Number(0.0)),
+        ],
+        interleaved: false,
         ..LLAMA
     },
+    Family { model_type: "mistral", rope_base: Some(1e4), ..LLAMA },
+    Family { model_type: "mixtral", names: &[MIXTRAL], ..LLAMA },
     Family { model_type: "olmo2", ..OLMO },
     Family { model_type: "olmo3", window: Window::Period(4), ..OLMO },
+    Family {
+        model_type: "olmoe",
+        architecture: "olmoe",
+        names: &[EXPERTS],
+        keys: &[("expert_weights_norm", &["norm_topk_prob"], Kind::Bool)],
+        only: &[SILU, ("clip_qkv", Only::Absent)],
+        interleaved: false,
+        rope_base: Some(1e4),
+        ..LLAMA
+    },
+    Family {
+        model_type: "phi",
+        architecture: "phi2",
+        names: &[PHI_2],
+        only: &[("hidden_act", Only::Text("gelu_new")), ("qk_layernorm", Only::Bool(false))],
+        interleaved: false,
+        rope_base: Some(1e4),
+        ..LLAMA
+    },
     Family {
         model_type: "phi3",
         architecture: "phi3",
@@ -422,6 +651,15 @@ pub(super) const FAMILIES: &[Family] = &[
         ..LLAMA
     },
     Family { model_type: "qwen2", architecture: "qwen2", interleaved: false, ..LLAMA },
+    Family {
+        model_type: "qwen2_moe",
+        architecture: "qwen2moe",
+        names: &[EXPERTS],
+        keys: MIXTURE,
+        only: &[SILU, ALL_LAYERS[0], ALL_LAYERS[1]],
+        interleaved: false,
+        ..LLAMA
+    },
     Family { model_type: "qwen3", architecture: "qwen3", interleaved: false, ..LLAMA },
     Family {
         model_type: "qwen3_5_moe_text",
@@ -459,6 +697,13 @@ pub(super) const FAMILIES: &[Family] = &[
             ("decoder_sparse_step", Only::Number(1.0)),
             ("mlp_only_layers", Only::Nothing),
         ],
+        interleaved: false,
+        ..LLAMA
+    },
+    Family {
+        model_type: "seed_oss",
+        architecture: "seed_oss",
+        names: &[&[("layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm")]],
         interleaved: false,
         ..LLAMA
     },

@@ -19,6 +19,7 @@ mod wordpiece;
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
+use std::ops::Range;
 use std::path::Path;
 
 use halite_kernels::float::DefaultFloats;
@@ -76,7 +77,7 @@ struct Plan {
     by_value_head: Vec<(&'static str, Axis, ValueHeads)>,
     /// Names in GGUF files of vectors that are matrices there, with their columns.
     matrices: Vec<(&'static str, u64)>,
-    /// Names in GGUF files of tensors that are some rows of others.
+    /// Names in GGUF files of tensors that are some rows of others, and the names of these. Those of layers are left out.
     taken: Vec<(&'static str, &'static str, Rows)>,
     /// Other files of weights, and what stands before their names.
     beside: Vec<(String, String)>,
@@ -94,6 +95,8 @@ enum Rows {
     From(usize),
     /// These, in order.
     Of(Vec<usize>),
+    /// A part of the rows of each head, which has so many in all; each head a matrix, perhaps transposed.
+    Heads { length: usize, part: Range<usize>, transposed: bool },
 }
 
 /// A part of names that stands for two tensors: the first half of a matrix's rows is the gate's, the second up's, or rows take turns.
@@ -119,6 +122,11 @@ struct ValueHeads {
 }
 
 impl ValueHeads {
+    /// Parts of each head side by side, such as its query, key and value.
+    fn interleaved(heads: u32, parts: usize, length: u32) -> ValueHeads {
+        ValueHeads { start: 0, keys: heads as usize, shared: parts, length: length as usize }
+    }
+
     fn len(&self) -> usize {
         self.start.saturating_add(self.keys.saturating_mul(self.shared).saturating_mul(self.length))
     }
@@ -142,6 +150,8 @@ struct Target<'a> {
     vector: Vec<f32>,
     /// Its rows in the folder's files, if they are not all of them.
     rows: Option<Vec<usize>>,
+    /// The number of rows that each become a column.
+    transposed: Option<usize>,
     heads: Option<usize>,
     by_value_head: Option<(Axis, ValueHeads)>,
     /// The half of each matrix's rows that it is; of biases, the half of each row.
@@ -266,11 +276,20 @@ impl Plan {
                 self.target(&name, parts, half).map_err(|e| Error::Model(format!("tensor `{name}`: {e}")))?;
             targets.insert(name, target);
         }
+        let mut taken = Vec::new();
         for (name, of, rows) in &self.taken {
-            let Some(whole) = targets.get(*of) else { continue };
-            let taken = rows.of(whole).map_err(|e| Error::Model(format!("tensor `{name}`: {e}")))?;
-            targets.insert((*name).to_owned(), taken);
+            for (from, whole) in &targets {
+                let Some(numbers) = numbers(of, from) else { continue };
+                let name = numbers.first().map_or((*name).to_owned(), |n| name.replace("{}", &n.to_string()));
+                let part = rows.of(whole).map_err(|e| Error::Model(format!("tensor `{name}`: {e}")))?;
+                taken.push((name, part));
+            }
         }
+        let of_layers = |of: &&str| of.contains("{}");
+        for of in self.taken.iter().map(|(_, of, _)| *of).filter(of_layers) {
+            targets.retain(|name, _| numbers(of, name).is_none());
+        }
+        targets.extend(taken);
         for (name, vector) in &self.vectors {
             let target =
                 Target { dims: vec![vector.len() as u64], vector: vector.clone(), ..Target::default() };
@@ -323,6 +342,11 @@ impl Plan {
                 && expert.is_none()
             {
                 dims = vec![taps, channels];
+            }
+            if let [count, 1] = dims[..]
+                && is_bias
+            {
+                dims = vec![count];
             }
             if place > 0 && dims != target.dims {
                 let expected = &target.dims;
@@ -379,11 +403,28 @@ impl Rows {
         let taken: Vec<usize> = match self {
             Rows::From(first) => (*first..all).collect(),
             Rows::Of(rows) => rows.clone(),
+            Rows::Heads { length, part, .. } => {
+                if *length == 0 || !all.is_multiple_of(*length) || part.end > *length {
+                    return Err(format!("expected rows for heads of {length}, got {rows}"));
+                }
+                (0..all / length).flat_map(|head| part.clone().map(move |row| head * length + row)).collect()
+            }
         };
         match taken.iter().max().filter(|&&last| last < all) {
             Some(_) => {
-                let dims = vec![columns, taken.len() as u64];
-                Ok(Target { dims, rows: Some(taken), ..whole.clone() })
+                let count = taken.len() as u64;
+                let (dims, transposed) = match self {
+                    Rows::Heads { part, transposed, .. } => {
+                        let rows = part.len() as u64;
+                        let heads = count.checked_div(rows).unwrap_or(0);
+                        match transposed {
+                            true => (vec![rows, columns, heads], Some(part.len())),
+                            false => (vec![columns, rows, heads], None),
+                        }
+                    }
+                    _ => (vec![columns, count], None),
+                };
+                Ok(Target { dims, rows: Some(taken), transposed, ..whole.clone() })
             }
             None => Err(format!("expected more rows, got {rows}")),
         }
@@ -445,6 +486,21 @@ impl Target<'_> {
         let by_columns = matches!(self.by_value_head, Some((Axis::Columns, _)));
         for part in &self.parts {
             let reader = part.reader(if single { 1 } else { part.columns() })?;
+            if let (Some(height), Some(rows)) = (self.transposed, &self.rows) {
+                blocks.resize(format.row_bytes(height).unwrap_or(0), 0);
+                for head in rows.chunks(height) {
+                    let mut matrix = Vec::new();
+                    head.iter().for_each(|&row| reader.read(row, &mut matrix));
+                    let columns = part.columns();
+                    for column in 0..columns {
+                        values.clear();
+                        values.extend(matrix.iter().skip(column).step_by(columns));
+                        make(&values, &mut blocks)?;
+                        put(&blocks)?;
+                    }
+                }
+                continue;
+            }
             let rows_of_a_head = self.heads.map(|heads| reader.rows() / heads);
             let count = match (self.half, &self.rows) {
                 (Some(_), _) => reader.rows() / 2,

@@ -25,6 +25,8 @@ pub(super) enum Only {
     Number(f64),
     /// An empty list.
     Nothing,
+    /// No value at all.
+    Absent,
 }
 
 impl Kind {
@@ -46,6 +48,7 @@ impl Only {
             Only::Bool(only) => *value == only,
             Only::Number(only) => value.as_f64() == Some(only),
             Only::Nothing => value.as_array().is_some_and(Vec::is_empty),
+            Only::Absent => value.is_null(),
         }
     }
 }
@@ -57,6 +60,7 @@ impl std::fmt::Display for Only {
             Only::Bool(only) => only.fmt(f),
             Only::Number(only) => only.fmt(f),
             Only::Nothing => f.write_str("an empty list"),
+            Only::Absent => f.write_str("null"),
         }
     }
 }

@@ -51,6 +51,11 @@ HYBRID = dict(model_type="granitemoehybrid", vocabulary="starcoder", num_hidden_
               position_embedding_type="nope", shared_intermediate_size=20, mamba_n_heads=4, mamba_d_head=12, mamba_d_state=8,
               mamba_expand=2, mamba_d_conv=4, tie_word_embeddings=True, attention_multiplier=0.3, embedding_multiplier=1.7,
               residual_multiplier=0.4, logits_scaling=1.3)
+MIXTURE = dict(num_hidden_layers=2, intermediate_size=20, moe_intermediate_size=16, num_experts_per_tok=2, first_k_dense_replace=1,
+               n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.5, tie_word_embeddings=True)
+LATENT = dict(MIXTURE, vocabulary="llama3", num_key_value_heads=4, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10,
+              rope_parameters=dict(YARN, mscale=0.7, mscale_all_dim=0.7, beta_fast=32, beta_slow=1))
+GRANITE = dict(attention_multiplier=0.3, embedding_multiplier=1.7, residual_multiplier=0.4, logits_scaling=1.3)
 QUANTISED = dict(model_type="qwen3", vocabulary="qwen2", num_hidden_layers=1, hidden_size=64, intermediate_size=96, head_dim=16,
                  tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=10000.0))
 # The numbers of experts are odd so that no shape is right by chance.
@@ -108,6 +113,37 @@ FAMILIES = {
                     attention_multiplier=0.3, embedding_multiplier=1.7, residual_multiplier=0.4, logits_scaling=1.3),
     "granitehybrid": dict(HYBRID, num_local_experts=0, mamba_n_groups=2),
     "granitehybrid-moe": dict(HYBRID, num_local_experts=3, num_experts_per_tok=2, intermediate_size=16, mamba_n_groups=1),
+    "arcee": dict(model_type="arcee", vocabulary="llama3", num_hidden_layers=1, head_dim=8, tie_word_embeddings=True),
+    "deepseek_v2": dict(LATENT, model_type="deepseek_v2", n_routed_experts=3, n_shared_experts=2, q_lora_rank=None,
+                        norm_topk_prob=False),
+    "deepseek_v3": dict(LATENT, model_type="deepseek_v3", n_routed_experts=6, n_shared_experts=1, q_lora_rank=12, n_group=3, topk_group=2),
+    "dots1": dict(MIXTURE, model_type="dots1", vocabulary="qwen2", head_dim=8, n_routed_experts=3, n_shared_experts=2),
+    "ernie4_5": dict(model_type="ernie4_5", vocabulary="spm", num_hidden_layers=1, head_dim=8, tie_word_embeddings=True),
+    "ernie4_5_moe": dict(model_type="ernie4_5_moe", vocabulary="llama3", moe_num_experts=3, moe_k=2, moe_intermediate_size=16,
+                         moe_layer_start_index=1, moe_layer_end_index=1, moe_num_shared_experts=2, intermediate_size=20,
+                         tie_word_embeddings=True),
+    "exaone4": dict(model_type="exaone4", vocabulary="gpt2", num_hidden_layers=4, intermediate_size=16, tie_word_embeddings=True,
+                    sliding_window_pattern=4, rope_parameters=LLAMA3, **WINDOW),
+    "exaone4-full": dict(model_type="exaone4", vocabulary="gpt2", num_hidden_layers=1, tie_word_embeddings=True, sliding_window=None,
+                         layer_types=["full_attention"], rope_parameters=LLAMA3),
+    "gemma": dict(model_type="gemma", vocabulary="gemma", num_hidden_layers=1, head_dim=8, tie_word_embeddings=True),
+    "glm4_moe": dict(MIXTURE, model_type="glm4_moe", vocabulary="llama3", head_dim=8, n_routed_experts=3, n_shared_experts=1,
+                     use_qk_norm=True, attention_bias=True),
+    "gpt_neox": dict(model_type="gpt_neox", vocabulary="gpt2", num_hidden_layers=1, num_key_value_heads=None, hidden_size=32),
+    "granitemoe": dict(GRANITE, model_type="granitemoe", vocabulary="starcoder", num_hidden_layers=1, num_local_experts=3,
+                       num_experts_per_tok=2, intermediate_size=16, tie_word_embeddings=True),
+    "granitemoeshared": dict(GRANITE, model_type="granitemoeshared", vocabulary="starcoder", num_hidden_layers=1, num_local_experts=3,
+                             num_experts_per_tok=2, intermediate_size=16, shared_intermediate_size=20, tie_word_embeddings=True),
+    "hunyuan_v1_dense": dict(model_type="hunyuan_v1_dense", vocabulary="qwen2", num_hidden_layers=1, head_dim=8, tie_word_embeddings=True,
+                             rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, alpha=50.0, factor=1.0)),
+    "minimax_m2": dict(model_type="minimax_m2", vocabulary="llama3", num_hidden_layers=1, head_dim=8, rotary_dim=4, num_local_experts=3,
+                       num_experts_per_tok=2, intermediate_size=16, tie_word_embeddings=True),
+    "olmoe": dict(model_type="olmoe", vocabulary="gpt2", num_hidden_layers=1, num_experts=3, num_experts_per_tok=2, intermediate_size=16,
+                  tie_word_embeddings=True),
+    "phi": dict(model_type="phi", vocabulary="gpt2", num_hidden_layers=1, num_key_value_heads=None, hidden_size=32),
+    "qwen2_moe": dict(model_type="qwen2_moe", vocabulary="qwen2", num_hidden_layers=1, num_experts=3, num_experts_per_tok=2,
+                      moe_intermediate_size=16, shared_expert_intermediate_size=20, tie_word_embeddings=True),
+    "seed_oss": dict(model_type="seed_oss", vocabulary="qwen2", num_hidden_layers=1, head_dim=8, tie_word_embeddings=True),
     "olmo2": dict(model_type="olmo2", vocabulary="dbrx", num_hidden_layers=1, tie_word_embeddings=True),
     "olmo3": dict(model_type="olmo3", vocabulary="dbrx", num_hidden_layers=4, intermediate_size=16, tie_word_embeddings=True, **WINDOW),
     "starcoder2": dict(model_type="starcoder2", vocabulary="starcoder", num_hidden_layers=1, **WINDOW),
@@ -422,7 +458,7 @@ def write(name, options):
             weight.copy_(weight.bfloat16().float())
         for key, scalar in model.named_buffers():
             # So do factors of layers and biases of routers.
-            if key.endswith(("layer_scalar", "expert_bias")):
+            if key.endswith(("layer_scalar", "expert_bias", "e_score_correction_bias")):
                 scalar.copy_((1 + 0.2 * torch.randn_like(scalar)).bfloat16().float())
     folder = OUT / name
     shutil.rmtree(folder, ignore_errors=True)
