@@ -29,9 +29,11 @@ const FAMILIES: &[&str] = &[
     "ernie4_5_moe",
     "exaone4",
     "exaone4-full",
+    "falcon_h1",
     "gemma",
     "gemma2",
     "gemma3",
+    "gemma3n",
     "gemma4",
     "glm",
     "glm4",
@@ -49,9 +51,13 @@ const FAMILIES: &[&str] = &[
     "llama",
     "llama-pieces",
     "llama-spm",
+    "mamba",
+    "mamba2",
     "minimax_m2",
     "mistral",
     "mixtral",
+    "nemotron_h",
+    "nemotron_h-moe",
     "olmo2",
     "olmo3",
     "olmoe",
@@ -71,6 +77,7 @@ const FAMILIES: &[&str] = &[
     "qwen3_5_moe",
     "qwen3_5_text",
     "qwen3_moe",
+    "qwen3_next",
     "seed_oss",
     "smollm3",
     "starcoder2",
@@ -157,7 +164,9 @@ fn logits_are_those_of_transformers() {
             // The runtime's GELU by tanh goes through half precision; see docs/numeric-contract.md. GPT-NeoX has it for the exact one.
             // Products with MXFP4 have activations of eight bits.
             let bound = match *name {
-                "gemma" | "gemma2" | "gemma3" | "gemma4" | "gpt_neox" | "phi" | "starcoder2" => 1e-6,
+                "gemma" | "gemma2" | "gemma3" | "gemma3n" | "gemma4" | "gpt_neox" | "phi" | "starcoder2" => {
+                    1e-6
+                }
                 "gpt_oss" => 1e-3,
                 _ => 1e-11,
             };
@@ -479,6 +488,26 @@ fn what_is_not_supported_is_named() {
         ("gpt_neox", CONFIG, "/num_attention_heads", json!(64), "blk.0.attn_qkv"),
         ("hunyuan_v1_dense", CONFIG, "/rope_parameters/alpha", Value::Null, "got dynamic"),
         ("minimax_m2", CONFIG, "/scoring_func", json!("softmax"), "scoring_func"),
+        ("falcon_h1", CONFIG, "/ssm_multipliers", json!([1, 2]), "5 numbers"),
+        ("falcon_h1", CONFIG, "/mlp_multipliers/0", json!("1"), "a list of numbers"),
+        ("falcon_h1", CONFIG, "/tie_word_embeddings", json!(true), "factors of their own"),
+        ("falcon_h1", CONFIG, "/mamba_rms_norm", json!(true), "mamba_rms_norm"),
+        ("falcon_h1", CONFIG, "/mamba_n_groups", json!(u32::MAX), "ssm"),
+        ("gemma3n", CONFIG, "/activation_sparsity_pattern/1", json!(0.5), "0.95 for the first 10 layers"),
+        ("gemma3n", CONFIG, "/laurel_rank", json!(32), "laurel_rank"),
+        ("gemma3n", CONFIG, "/intermediate_size", json!([16, 16]), "a number for each layer"),
+        ("mamba", CONFIG, "/intermediate_size", json!(40), "blk.0.ssm_"),
+        ("mamba", CONFIG, "/use_bias", json!(true), "use_bias"),
+        ("mamba2", CONFIG, "/time_step_limit", json!([0.001, 0.1]), "0 and no end"),
+        ("mamba2", CONFIG, "/n_groups", json!(3), "3 groups of 8"),
+        ("nemotron_h", CONFIG, "/layers_block_type/2", json!("moe"), "no shared experts"),
+        ("nemotron_h", CONFIG, "/layers_block_type/0", json!("moe"), "expected mlp or moe, got both"),
+        ("nemotron_h", CONFIG, "/layers_block_type/0", json!("rwkv"), "for each layer"),
+        ("nemotron_h", CONFIG, "/layers_block_type", json!([]), "for each layer"),
+        ("nemotron_h", CONFIG, "/mlp_hidden_act", json!("silu"), "relu2"),
+        ("qwen3_next", CONFIG, "/linear_key_head_dim", json!(5), "rows for heads of 34"),
+        ("qwen3_next", CONFIG, "/linear_num_value_heads", json!(3), "a multiple of the 2 heads"),
+        ("qwen3_next", CONFIG, "/norm_topk_prob", json!(false), "norm_topk_prob"),
         ("olmoe", CONFIG, "/clip_qkv", json!(8.0), "clip_qkv"),
         ("phi", CONFIG, "/qk_layernorm", json!(true), "qk_layernorm"),
         ("qwen2_moe", CONFIG, "/mlp_only_layers", json!([0]), "mlp_only_layers"),
@@ -750,6 +779,13 @@ fn what_bert_does_besides_is_named() {
     std::fs::write(copy.0.join("modules.json"), "[]").unwrap();
     let (_, left_out) = convert_to_gguf(&copy.0);
     assert!(left_out.len() == 1 && left_out[0].contains("--no-normalize"), "{left_out:?}");
+    // Of Nemotron-H: steps that have a least length, and layers in the older form.
+    let copy = Copy::of("nemotron_h");
+    copy.set(CONFIG, "/time_step_min", json!(0.001));
+    copy.set(CONFIG, "/layers_block_type", Value::Null);
+    copy.set(CONFIG, "/hybrid_override_pattern", json!("M*-"));
+    let (_, left_out) = convert_to_gguf(&copy.0);
+    assert!(left_out.len() == 1 && left_out[0].contains("time_step_min"), "{left_out:?}");
     // Of decoders: a normal form that has no key.
     let copy = Copy::of("llama");
     copy.set(VOCABULARY, "/normalizer", json!({"type": "NFC"}));
@@ -854,6 +890,15 @@ fn other_names_of_options_are_known() {
     std::fs::write(copy.0.join("1_Pooling/config.json"), r#"{"pooling_mode": "mean"}"#).unwrap();
     let ((_, want), (positions, got)) = (vectors(&folder("nomic_bert")), vectors(&copy.0));
     assert_eq!((positions, got), (2048, want));
+    // Python writes numbers that JSON lacks.
+    let copy = Copy::of("mamba2");
+    let text = std::fs::read_to_string(copy.0.join(CONFIG)).unwrap();
+    assert!(text.contains("\"__float__\": \"Infinity\""));
+    let start = text.find("{\n      \"__float__").unwrap();
+    let end = start + text[start..].find('}').unwrap() + 1;
+    let text = text[..start].to_owned() + "Infinity" + &text[end..];
+    std::fs::write(copy.0.join(CONFIG), text.replacen('{', "{\"note\": \"-Infinity \\\" NaN\",", 1)).unwrap();
+    converted(&copy.0, Format::F32).unwrap();
     let copy = Copy::of("modernbert");
     for (key, value) in [
         ("layer_types", Value::Null),
@@ -966,7 +1011,10 @@ fn mutants_of_folders() {
         "qwen3-gptq-order",
         "qwen3-packed",
         "deepseek_v3",
+        "falcon_h1",
         "gpt_neox",
+        "nemotron_h-moe",
+        "qwen3_next",
         "qwen3-reranker",
         "modernbert",
         "nomic_bert",

@@ -14,13 +14,20 @@ use super::part::Scheme;
 use super::rope::Rope;
 use super::sentence::{self, Sentence};
 use super::vocabulary::Task;
-use super::{Axis, Plan, Rows, ValueHeads, encoder, vocabulary};
+use super::{Axis, Plan, Rows, Shape, ValueHeads, encoder, vocabulary};
 use crate::error::Result;
 use crate::gguf::write::Writer;
 use crate::rank;
 
 /// Where a folder says in words what it is.
 const README: &str = "README.md";
+
+/// The first of Gemma 3n's layers keep the largest elements of their gates, and the share that they do not keep.
+const SPARSE_LAYERS: usize = 10;
+const SPARSE_SHARE: f64 = 0.95;
+
+/// Steps of Mamba below this are as good as none.
+const LEAST_STEP: f64 = 1e-9;
 
 /// Maximum layers that draft tokens.
 const MAX_DRAFTING: u32 = 16;
@@ -29,7 +36,7 @@ const MAX_DRAFTING: u32 = 16;
 const MAX_EXTENT: u32 = 1 << 16;
 
 /// Models that also see or hear: `model_type` of the whole.
-const SEEING: &[&str] = &["gemma4", "qwen3_5", "qwen3_5_moe"];
+const SEEING: &[&str] = &["gemma3n", "gemma4", "qwen3_5", "qwen3_5_moe"];
 
 /// Their tensors besides those of the language model: for images and sounds, and to draft tokens.
 const BESIDE_TEXT: &[&str] = &[
@@ -51,8 +58,14 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let config = text.as_ref().unwrap_or(outer);
     let model_type = config.str("model_type")?;
     let both_ways = config.get("use_bidirectional_attention").is_some_and(|value| *value == true);
+    let kinds = if model_type == "nemotron_h" { nemotron_layers(config)? } else { Vec::new() };
+    let has_experts = kinds.contains(&Block::Experts);
+    let fits = |family: &&Family| {
+        family.both_ways == both_ways
+            && (kinds.is_empty() || (family.architecture == "nemotron_h_moe") == has_experts)
+    };
     let mut families = FAMILIES.iter().filter(|family| family.model_type == model_type);
-    let family = families.clone().find(|family| family.both_ways == both_ways).or(families.next());
+    let family = families.clone().find(fits).or(families.next());
     let family = family.ok_or_else(|| {
         let decoders = FAMILIES.iter().map(|family| family.model_type);
         let known: Vec<&str> = encoder::model_types().chain(decoders).collect();
@@ -67,12 +80,13 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let name = name.or(folder.file_name().and_then(|name| name.to_str()));
     w.entry("general.name", name.unwrap_or(model_type))?;
     for (required, keys) in [(true, REQUIRED), (false, OPTIONAL), (false, family.keys)] {
+        let own = std::ptr::eq(keys, family.keys);
         for (key, from, kind) in keys {
             let there = from.iter().find(|from| config.get(from).is_some());
             let Some(from) = there.or(from.first().filter(|_| required)) else { continue };
             let no_experts =
                 key.starts_with("expert_") && config.optional_u32("num_local_experts")? == Some(0);
-            if family.without.contains(key) || no_experts {
+            if no_experts || !own && family.without.contains(key) {
                 continue;
             }
             kind.write(&format!("{architecture}.{key}"), config, from, w)?;
@@ -86,7 +100,15 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         "lfm2" => w.entry("lfm2.feed_forward_length", lfm2_hidden(config)?)?,
         _ => {}
     }
-    let (heads, layers) = (config.u32("num_attention_heads")?, config.u32("num_hidden_layers")?);
+    let heads = match family.fixed.iter().find(|(key, _)| *key == "attention.head_count") {
+        Some((_, heads)) => *heads,
+        None => config.u32("num_attention_heads")?,
+    };
+    let layers = match kinds.is_empty() {
+        true => config.u32("num_hidden_layers")?,
+        false => kinds.len() as u32,
+    };
+    nemotron_blocks(config, architecture, &kinds, w)?;
     let head_dim = match config.optional_u32(match architecture {
         "gemma4" => "global_head_dim",
         "deepseek2" => "qk_rope_head_dim",
@@ -105,6 +127,9 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     }
     window(config, family, layers, w)?;
     recurrent_layers(config, family, layers, w)?;
+    if architecture == "gemma3n" {
+        gemma_3n_layers(config, layers, w)?;
+    }
     if architecture == "gemma4" {
         gemma_4_layers(config, layers, w)?;
     }
@@ -121,7 +146,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         }
     }
     let rope = Rope { config, architecture, head_dim, default_base: family.rope_base, default_local: None };
-    let vectors = rope.write(w)?;
+    let vectors = if family.has_rope { rope.write(w)? } else { Vec::new() };
     let reranker = Reranker::of(folder, config)?;
     let embeds = reranker.is_none() && sentence::is_there(folder);
     let task = if embeds { Task::Embed } else { Task::Generate };
@@ -143,6 +168,11 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     }
 
     let owned = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<String>>();
+    let least = config.optional_f64("time_step_min")?.unwrap_or(0.0);
+    if !kinds.is_empty() && least > LEAST_STEP {
+        left_out
+            .push(format!("key `time_step_min` is left out: steps of Mamba's layers may be below {least}"));
+    }
     let (mut unused, mut required) = (owned(UNUSED), Vec::new());
     unused.extend(owned(family.unused));
     let output = format!("{}.weight", family.output);
@@ -176,7 +206,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         return Err(config.wrong("moe_layer_end_index", "the last layer", last));
     }
     let kv_heads = config.optional_u32("num_key_value_heads")?.unwrap_or(heads);
-    let matrices = if architecture == "granitehybrid" { scan(config, w)? } else { Vec::new() };
+    let matrices = scan(config, architecture, w)?;
     let mut names = family.names.to_vec();
     names.push(NAMES);
     if architecture == "granitehybrid" {
@@ -206,8 +236,16 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         w.entry("tokenizer.chat_templates", &["rerank".to_owned()][..])?;
         w.entry(rank::TEMPLATE, RERANK)?;
     }
-    let has_delta_net = matches!(architecture, "qwen35" | "qwen35moe");
+    let has_delta_net = matches!(architecture, "qwen35" | "qwen35moe" | "qwen3next");
+    let padded = match architecture {
+        // Only tokens of texts have inputs of their own in each layer.
+        "gemma3n" => Some(("per_layer_token_embd.weight", config.u32("vocab_size")?.into())),
+        _ => None,
+    };
     let fused = [(".attn_qkv", Axis::Rows, ValueHeads::interleaved(heads, 3, head_dim))];
+    if architecture == "qwen3next" {
+        taken.extend(neighbours(config)?);
+    }
     let by_value_head = if architecture == "gptneox" {
         fused.to_vec()
     } else if has_delta_net {
@@ -228,6 +266,8 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         matrices,
         taken,
         beside,
+        factors: if architecture == "falcon-h1" { falcon_factors(config)? } else { Vec::new() },
+        padded,
         norm_offset: family.norm_offset,
         vectors,
         left_out,
@@ -315,7 +355,7 @@ fn recurrent_layers(config: &Json, family: &Family, layers: u32, w: &mut Writer)
     let list = list.ok_or_else(|| config.wrong("layer_types", &expected, types))?;
     let kv_heads = config.u32("num_key_value_heads")?;
     let architecture = family.architecture;
-    if matches!(architecture, "qwen35" | "qwen35moe") {
+    if matches!(architecture, "qwen35" | "qwen35moe" | "qwen3next") {
         w.entry(&format!("{architecture}.attention.head_count_kv"), kv_heads)?;
         return w.entry(&format!("{architecture}.attention.recurrent_layers"), &list[..]);
     }
@@ -366,19 +406,154 @@ fn granite_4_hidden(config: &Json, w: &mut Writer) -> Result<()> {
     w.entry("granitehybrid.feed_forward_length", config.u32("intermediate_size")?)
 }
 
-/// Writes what Mamba 2's layers have in all and whether attention has positions, and returns the vectors that
-/// are matrices in files.
-fn scan(config: &Json, w: &mut Writer) -> Result<Vec<(&'static str, u64)>> {
-    let inner = config.u32("mamba_expand")?.saturating_mul(config.u32("hidden_size")?);
-    w.entry("granitehybrid.ssm.inner_size", inner)?;
-    let positions = match config.get("position_embedding_type").and_then(Value::as_str) {
-        Some("rope") => true,
-        Some("nope") | None => false,
-        Some(other) => return Err(config.wrong("position_embedding_type", "rope or nope", other)),
+/// Writes what Mamba 2's layers have in all, and in Granite 4 whether attention has positions, and returns the vectors that are
+/// matrices in files.
+fn scan(config: &Json, architecture: &str, w: &mut Writer) -> Result<Vec<(&'static str, u64)>> {
+    let product = |a: &str, b: &str| Ok(config.u32(a)?.saturating_mul(config.u32(b)?));
+    let (inner, groups) = match architecture {
+        "falcon-h1" => (config.u32("mamba_d_ssm")?, "mamba_n_groups"),
+        "granitehybrid" => (product("mamba_expand", "hidden_size")?, "mamba_n_groups"),
+        "mamba2" => (product("expand", "hidden_size")?, "n_groups"),
+        "nemotron_h" | "nemotron_h_moe" => (product("mamba_num_heads", "mamba_head_dim")?, "n_groups"),
+        _ => return Ok(Vec::new()),
     };
-    w.entry("granitehybrid.rope.scaling.finetuned", positions)?;
-    let group = inner.checked_div(config.u32("mamba_n_groups")?).unwrap_or(0);
+    w.entry(&format!("{architecture}.ssm.inner_size"), inner)?;
+    if let Some(limits) = config.get("time_step_limit") {
+        let limits = limits.as_array().map_or(&[][..], |limits| &limits[..]);
+        // Without an end: JSON has no infinity.
+        let is_all = |limit: &Value| limit.as_f64().is_none_or(|limit| limit == 0.0);
+        if !limits.iter().all(is_all) {
+            return Err(config.missing("time_step_limit", "0 and no end"));
+        }
+    }
+    if architecture == "granitehybrid" {
+        let positions = match config.get("position_embedding_type").and_then(Value::as_str) {
+            Some("rope") => true,
+            Some("nope") | None => false,
+            Some(other) => return Err(config.wrong("position_embedding_type", "rope or nope", other)),
+        };
+        w.entry("granitehybrid.rope.scaling.finetuned", positions)?;
+    }
+    let group = inner.checked_div(config.u32(groups)?).unwrap_or(0);
     Ok(vec![(".ssm_a", 1), (".ssm_d", 1), (".ssm_norm", group.into())])
+}
+
+/// The block of a layer of Nemotron-H.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Block {
+    Scan,
+    Attention,
+    FeedForward,
+    Experts,
+}
+
+/// Returns the kinds of Nemotron-H's layers, which a text or a list has.
+fn nemotron_layers(config: &Json) -> Result<Vec<Block>> {
+    let block = |kind: &str| match kind {
+        "M" | "mamba" | "linear_attention" => Some(Block::Scan),
+        "*" | "attention" | "full_attention" => Some(Block::Attention),
+        "-" | "mlp" => Some(Block::FeedForward),
+        "E" | "moe" => Some(Block::Experts),
+        _ => None,
+    };
+    let key = if config.get("layers_block_type").is_some() {
+        "layers_block_type"
+    } else {
+        "hybrid_override_pattern"
+    };
+    let kinds: Option<Vec<Block>> = match config.get(key) {
+        Some(Value::Array(list)) => list.iter().map(|kind| block(kind.as_str()?)).collect(),
+        Some(Value::String(text)) => text.chars().map(|kind| block(kind.encode_utf8(&mut [0; 4]))).collect(),
+        _ => None,
+    };
+    let kinds = kinds.filter(|kinds| !kinds.is_empty() && kinds.len() <= MAX_EXTENT as usize);
+    let kinds = kinds.ok_or_else(|| config.missing(key, "mamba, attention, mlp or moe for each layer"))?;
+    match kinds.contains(&Block::FeedForward) && kinds.contains(&Block::Experts) {
+        true => Err(config.wrong(key, "mlp or moe", "both")),
+        false => Ok(kinds),
+    }
+}
+
+/// Writes what each of Nemotron-H's layers has.
+fn nemotron_blocks(config: &Json, architecture: &str, kinds: &[Block], w: &mut Writer) -> Result<()> {
+    if kinds.is_empty() {
+        return Ok(());
+    }
+    let of =
+        |kind, value| kinds.iter().map(|other| if *other == kind { value } else { 0 }).collect::<Vec<u32>>();
+    w.entry(&format!("{architecture}.block_count"), kinds.len() as u32)?;
+    let heads = of(Block::Attention, config.u32("num_key_value_heads")?);
+    w.entry(&format!("{architecture}.attention.head_count_kv"), &heads[..])?;
+    let hidden = match kinds.contains(&Block::Experts) {
+        true => of(Block::Experts, config.u32("moe_intermediate_size")?),
+        false => of(Block::FeedForward, config.u32("intermediate_size")?),
+    };
+    w.entry(&format!("{architecture}.feed_forward_length"), &hidden[..])
+}
+
+/// Writes the hidden elements of Gemma 3n's layers, and checks which gates are sparse: files do not say so.
+fn gemma_3n_layers(config: &Json, layers: u32, w: &mut Writer) -> Result<()> {
+    let hidden = config.get("intermediate_size");
+    let list = match hidden.and_then(Value::as_array) {
+        Some(list) => {
+            list.iter().map(|hidden| hidden.as_u64().and_then(|hidden| hidden.try_into().ok())).collect()
+        }
+        None => Some(vec![config.u32("intermediate_size")?; layers as usize]),
+    };
+    let list: Option<Vec<u32>> = list.filter(|list: &Vec<u32>| list.len() == layers as usize);
+    let list = list.ok_or_else(|| config.missing("intermediate_size", "a number for each layer"))?;
+    w.entry("gemma3n.feed_forward_length", &list[..])?;
+    let sparse = |(layer, share): (usize, &Value)| {
+        share.as_f64() == Some(if layer < SPARSE_LAYERS { SPARSE_SHARE } else { 0.0 })
+    };
+    let shares = config.get("activation_sparsity_pattern").and_then(Value::as_array);
+    match shares.filter(|shares| shares.len() == layers as usize && shares.iter().enumerate().all(sparse)) {
+        Some(_) => Ok(()),
+        None => {
+            let expected =
+                format!("{SPARSE_SHARE} for the first {SPARSE_LAYERS} layers, and 0 for the others");
+            Err(config.missing("activation_sparsity_pattern", &expected))
+        }
+    }
+}
+
+/// Returns the factors that Falcon-H1 has on results of its matrices, by rows: the end of each part and its factor.
+fn falcon_factors(config: &Json) -> Result<Vec<(&'static str, Vec<(usize, f32)>)>> {
+    let one = |key: &str| Ok(config.optional_f64(key)?.unwrap_or(1.0) as f32);
+    let list = |key: &str, count: usize| {
+        let list = config.optional_f32s(key)?.unwrap_or_else(|| vec![1.0; count]);
+        if list.len() == count { Ok(list) } else { Err(config.missing(key, &format!("{count} numbers"))) }
+    };
+    let (attention, scan) = (one("attention_in_multiplier")?, one("ssm_in_multiplier")?);
+    let (mlp, parts) = (list("mlp_multipliers", 2)?, list("ssm_multipliers", 5)?);
+    let inner = config.u32("mamba_d_ssm")? as usize;
+    let states = config.u32("mamba_n_groups")?.saturating_mul(config.u32("mamba_d_state")?) as usize;
+    let (mut end, mut of_scan) = (0usize, Vec::new());
+    for (length, part) in [inner, inner, states, states, usize::MAX].into_iter().zip(parts) {
+        end = end.saturating_add(length);
+        of_scan.push((end, scan * part));
+    }
+    let (embedding, output) = (one("embedding_multiplier")?, one("lm_head_multiplier")?);
+    if config.bool("tie_word_embeddings")? == Some(true) && embedding != output {
+        return Err(config.wrong(
+            "tie_word_embeddings",
+            "false, because both have factors of their own",
+            true,
+        ));
+    }
+    let all = |factor| vec![(usize::MAX, factor)];
+    Ok(vec![
+        ("token_embd", all(embedding)),
+        ("output", all(output)),
+        (".attn_q", all(attention)),
+        (".attn_k", all(attention * one("key_multiplier")?)),
+        (".attn_v", all(attention)),
+        (".attn_output", all(one("attention_out_multiplier")?)),
+        (".ssm_in", of_scan),
+        (".ssm_out", all(one("ssm_out_multiplier")?)),
+        (".ffn_gate", all(mlp[0])),
+        (".ffn_down", all(mlp[1])),
+    ])
 }
 
 /// Writes what Qwen 3.5's recurrent layers have in all, and returns the weights whose rows or columns follow
@@ -408,6 +583,10 @@ fn value_heads(
         let sections: Vec<u32> = sections.iter().map(|&pairs| pairs as u32).chain([0]).collect();
         w.entry(&format!("{architecture}.rope.dimension_sections"), &sections[..])?;
     }
+    if architecture == "qwen3next" {
+        // Its files keep heads that share a key side by side.
+        return Ok(Vec::new());
+    }
     let heads = |start, length| ValueHeads { start, keys, shared: values / keys, length };
     let (rows, single) = (heads(0, value), heads(0, 1));
     let after_keys = heads(keys.saturating_mul(key).saturating_mul(2), value);
@@ -420,6 +599,26 @@ fn value_heads(
         (".ssm_alpha", Axis::Rows, single),
         (".ssm_a", Axis::Rows, single),
         (".ssm_dt", Axis::Rows, single),
+    ])
+}
+
+/// Returns the parts of Qwen3-Next's first matrix, which has for each head of keys its query and key, and the values and gates that
+/// share them.
+fn neighbours(config: &Json) -> Result<[(&'static str, &'static str, Rows); 2]> {
+    let [keys, values, key, value] =
+        ["linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"]
+            .map(|name| config.u32(name).map(|extent| extent.min(MAX_EXTENT) as usize));
+    let (key, shared) = (key?, values?.checked_div(keys?).unwrap_or(0).saturating_mul(value?));
+    let values = (2 * key).saturating_add(shared);
+    let ends = [key, 2 * key, values, values.saturating_add(shared)];
+    let rows = |parts| Rows::Heads { length: ends[3], parts, shape: Shape::Matrix };
+    Ok([
+        (
+            "blk.{}.attn_qkv.weight",
+            "blk.{}.attn_qkvz.weight",
+            rows(vec![0..ends[0], ends[0]..ends[1], ends[1]..ends[2]]),
+        ),
+        ("blk.{}.attn_gate.weight", "blk.{}.attn_qkvz.weight", rows(vec![ends[2]..ends[3]])),
     ])
 }
 
@@ -445,10 +644,10 @@ fn latent(config: &Json, w: &mut Writer) -> Result<[(&'static str, &'static str,
         w.entry(&format!("deepseek2.attention.{key}"), value)?;
     }
     let (plain, value) = (plain as usize, value as usize);
-    let part = |part, transposed| Rows::Heads { length: plain + value, part, transposed };
+    let part = |part, shape| Rows::Heads { length: plain + value, parts: vec![part], shape };
     Ok([
-        ("blk.{}.attn_k_b.weight", "blk.{}.attn_kv_b.weight", part(0..plain, true)),
-        ("blk.{}.attn_v_b.weight", "blk.{}.attn_kv_b.weight", part(plain..plain + value, false)),
+        ("blk.{}.attn_k_b.weight", "blk.{}.attn_kv_b.weight", part(0..plain, Shape::Transposed)),
+        ("blk.{}.attn_v_b.weight", "blk.{}.attn_kv_b.weight", part(plain..plain + value, Shape::Heads)),
     ])
 }
 

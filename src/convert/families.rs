@@ -31,6 +31,8 @@ pub(super) struct Family {
     /// Added to the weights of norms.
     pub(super) norm_offset: f32,
     pub(super) window: Window,
+    /// Whether it has rotary positions.
+    pub(super) has_rope: bool,
     /// Whether tokens see later ones, too, as `use_bidirectional_attention` says: an encoder.
     pub(super) both_ways: bool,
     /// What layers without attention are called in `layer_types`; nothing: all have it.
@@ -252,6 +254,74 @@ const MIXTRAL: Names = &[
     ("layers.{}.block_sparse_moe.experts.{}.w3", "blk.{}.ffn_up_exps"),
 ];
 
+/// Gemma 3n's names; numbers of the tensors outside layers are those of streams.
+const GEMMA_3N: Names = &[
+    ("altup_projections.{}", "altup_proj"),
+    ("altup_unembed_projections.{}", "altup_unembd_proj"),
+    ("layers.{}.altup.correct_output_scale", "blk.{}.altup_correct_scale.weight"),
+    ("layers.{}.altup.correction_coefs", "blk.{}.altup_correct_coef"),
+    ("layers.{}.altup.modality_router", "blk.{}.altup_router"),
+    ("layers.{}.altup.prediction_coefs", "blk.{}.altup_predict_coef"),
+    ("layers.{}.altup.router_norm", "blk.{}.altup_router_norm"),
+    ("layers.{}.laurel.linear_left", "blk.{}.laurel_l"),
+    ("layers.{}.laurel.linear_right", "blk.{}.laurel_r"),
+    ("layers.{}.laurel.post_laurel_norm", "blk.{}.laurel_post_norm"),
+];
+
+/// Mamba's names, those of both versions.
+const MAMBA: Names = &[
+    ("embeddings", "token_embd"),
+    ("norm_f", "output_norm"),
+    ("layers.{}.norm", "blk.{}.attn_norm"),
+    ("layers.{}.mixer.in_proj", "blk.{}.ssm_in"),
+    ("layers.{}.mixer.conv1d", "blk.{}.ssm_conv1d"),
+    ("layers.{}.mixer.x_proj", "blk.{}.ssm_x"),
+    ("layers.{}.mixer.dt_proj", "blk.{}.ssm_dt"),
+    ("layers.{}.mixer.dt_bias", "blk.{}.ssm_dt.bias"),
+    ("layers.{}.mixer.A_log", "blk.{}.ssm_a"),
+    ("layers.{}.mixer.D", "blk.{}.ssm_d"),
+    ("layers.{}.mixer.norm", "blk.{}.ssm_norm"),
+    ("layers.{}.mixer.out_proj", "blk.{}.ssm_out"),
+];
+
+/// Nemotron-H's names, besides Mamba's: each layer has a block of one kind.
+const NEMOTRON_H: Names = &[
+    ("layers.{}.mixer.q_proj", "blk.{}.attn_q"),
+    ("layers.{}.mixer.k_proj", "blk.{}.attn_k"),
+    ("layers.{}.mixer.v_proj", "blk.{}.attn_v"),
+    ("layers.{}.mixer.o_proj", "blk.{}.attn_output"),
+    ("layers.{}.mixer.up_proj", "blk.{}.ffn_up"),
+    ("layers.{}.mixer.down_proj", "blk.{}.ffn_down"),
+    ("layers.{}.mixer.gate", "blk.{}.ffn_gate_inp"),
+    ("layers.{}.mixer.gate.e_score_correction_bias", "blk.{}.exp_probs_b.bias"),
+    ("layers.{}.mixer.experts.{}.up_proj", "blk.{}.ffn_up_exps"),
+    ("layers.{}.mixer.experts.{}.down_proj", "blk.{}.ffn_down_exps"),
+    ("layers.{}.mixer.shared_experts.up_proj", "blk.{}.ffn_up_shexp"),
+    ("layers.{}.mixer.shared_experts.down_proj", "blk.{}.ffn_down_shexp"),
+    ("layers.{}.mixer.fc1_latent_proj", "blk.{}.ffn_latent_down"),
+    ("layers.{}.mixer.fc2_latent_proj", "blk.{}.ffn_latent_up"),
+];
+
+const FALCON_H1: Names = &[
+    ("final_layernorm", "output_norm"),
+    ("layers.{}.pre_ff_layernorm", "blk.{}.ffn_norm"),
+    ("layers.{}.feed_forward.gate_proj", "blk.{}.ffn_gate"),
+    ("layers.{}.feed_forward.up_proj", "blk.{}.ffn_up"),
+    ("layers.{}.feed_forward.down_proj", "blk.{}.ffn_down"),
+];
+
+/// Keys of what models of Mamba alone lack.
+const NO_ATTENTION: &[&str] = &[
+    "context_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+];
+const ANY_LENGTH: &[(&str, u32)] =
+    &[("context_length", 1 << 20), ("feed_forward_length", 0), ("attention.head_count", 0)];
+
 /// DeepSeek's latent attention. The matrix of keys and values becomes two.
 const LATENT: Names = &[
     ("layers.{}.self_attn.q_a_proj", "blk.{}.attn_q_a"),
@@ -270,6 +340,11 @@ pub(super) const DELTA_NET: &[Key] = &[
     ("ssm.time_step_rank", &["linear_num_value_heads"], Kind::U32),
     ("expert_feed_forward_length", &["moe_intermediate_size"], Kind::U32),
     ("expert_shared_feed_forward_length", &["shared_expert_intermediate_size"], Kind::U32),
+];
+
+const QWEN_3_NEXT: Names = &[
+    ("layers.{}.linear_attn.in_proj_qkvz", "blk.{}.attn_qkvz"),
+    ("layers.{}.linear_attn.in_proj_ba", "blk.{}.ssm_ba"),
 ];
 
 pub(super) const QWEN_3_5: Names = &[
@@ -306,6 +381,7 @@ pub(super) const LLAMA: Family = Family {
     interleaved: true,
     norm_offset: 0.0,
     window: Window::All,
+    has_rope: true,
     both_ways: false,
     recurrent: &[],
     rope_base: None,
@@ -323,6 +399,41 @@ pub(super) const GEMMA: Family = Family {
     ],
     interleaved: false,
     norm_offset: 1.0,
+    ..LLAMA
+};
+
+/// Nemotron-H without experts. Its layers' kinds make lists of heads and hidden elements.
+const NEMOTRON: Family = Family {
+    model_type: "nemotron_h",
+    architecture: "nemotron_h",
+    prefix: "backbone.",
+    names: &[NEMOTRON_H, MAMBA],
+    unused: &["mtp.*"],
+    keys: &[
+        ("attention.layer_norm_rms_epsilon", &["layer_norm_epsilon", "rms_norm_eps"], Kind::F32),
+        ("ssm.conv_kernel", &["conv_kernel"], Kind::U32),
+        ("ssm.state_size", &["ssm_state_size"], Kind::U32),
+        ("ssm.group_count", &["n_groups"], Kind::U32),
+        ("ssm.time_step_rank", &["mamba_num_heads"], Kind::U32),
+    ],
+    without: &[
+        "attention.head_count_kv",
+        "attention.layer_norm_rms_epsilon",
+        "block_count",
+        "expert_count",
+        "expert_used_count",
+        "feed_forward_length",
+    ],
+    only: &[
+        ("mlp_hidden_act", Only::Text("relu2")),
+        ("tie_word_embeddings", Only::Bool(false)),
+        ("mamba_hidden_act", Only::Text("silu")),
+        ("mamba_proj_bias", Only::Bool(false)),
+        ("use_bias", Only::Bool(false)),
+        ("sliding_window", Only::Absent),
+    ],
+    has_rope: false,
+    interleaved: false,
     ..LLAMA
 };
 
@@ -414,6 +525,28 @@ pub(super) const FAMILIES: &[Family] = &[
         window: Window::Period(4),
         ..LLAMA
     },
+    // Its blocks of Mamba stand beside attention.
+    Family {
+        model_type: "falcon_h1",
+        architecture: "falcon-h1",
+        names: &[FALCON_H1, GRANITE_4],
+        keys: &[
+            ("ssm.conv_kernel", &["mamba_d_conv"], Kind::U32),
+            ("ssm.state_size", &["mamba_d_state"], Kind::U32),
+            ("ssm.group_count", &["mamba_n_groups"], Kind::U32),
+            ("ssm.time_step_rank", &["mamba_n_heads"], Kind::U32),
+        ],
+        only: &[
+            SILU,
+            ("attention_bias", Only::Bool(false)),
+            ("mamba_proj_bias", Only::Bool(false)),
+            ("mamba_rms_norm", Only::Bool(false)),
+            ("mlp_bias", Only::Bool(false)),
+            ("projectors_bias", Only::Bool(false)),
+        ],
+        interleaved: false,
+        ..LLAMA
+    },
     Family {
         model_type: "gemma",
         architecture: "gemma",
@@ -448,6 +581,29 @@ pub(super) const FAMILIES: &[Family] = &[
         ],
         window: Window::Period(6),
         both_ways: true,
+        ..GEMMA
+    },
+    Family {
+        model_type: "gemma3n_text",
+        architecture: "gemma3n",
+        names: &[GEMMA_3N, GEMMA_4, POST_NORMS],
+        keys: &[
+            ("final_logit_softcapping", &["final_logit_softcapping"], Kind::F32),
+            ("attention.shared_kv_layers", &["num_kv_shared_layers"], Kind::U32),
+            ("embedding_length_per_layer_input", &["hidden_size_per_layer_input"], Kind::U32),
+            ("altup.active_idx", &["altup_active_idx"], Kind::U32),
+            ("altup.num_inputs", &["altup_num_inputs"], Kind::U32),
+        ],
+        without: &["feed_forward_length"],
+        only: &[
+            ("hidden_activation", Only::Text("gelu_pytorch_tanh")),
+            ("altup_active_idx", Only::Number(0.0)),
+            ("altup_num_inputs", Only::Number(4.0)),
+            ("altup_correct_scale", Only::Bool(true)),
+            ("laurel_rank", Only::Number(64.0)),
+        ],
+        norm_offset: 0.0,
+        window: Window::Period(5),
         ..GEMMA
     },
     Family {
@@ -600,6 +756,42 @@ pub(super) const FAMILIES: &[Family] = &[
     },
     Family { rope_base: Some(1e4), ..LLAMA },
     Family {
+        model_type: "mamba",
+        architecture: "mamba",
+        prefix: "backbone.",
+        names: &[MAMBA],
+        keys: &[
+            ("attention.layer_norm_rms_epsilon", &["layer_norm_epsilon"], Kind::F32),
+            ("ssm.conv_kernel", &["conv_kernel"], Kind::U32),
+            ("ssm.inner_size", &["intermediate_size"], Kind::U32),
+            ("ssm.state_size", &["state_size"], Kind::U32),
+            ("ssm.time_step_rank", &["time_step_rank"], Kind::U32),
+        ],
+        without: NO_ATTENTION,
+        fixed: ANY_LENGTH,
+        only: &[SILU, ("use_bias", Only::Bool(false))],
+        has_rope: false,
+        ..LLAMA
+    },
+    Family {
+        model_type: "mamba2",
+        architecture: "mamba2",
+        prefix: "backbone.",
+        names: &[MAMBA],
+        keys: &[
+            ("attention.layer_norm_rms_epsilon", &["layer_norm_epsilon"], Kind::F32),
+            ("ssm.conv_kernel", &["conv_kernel"], Kind::U32),
+            ("ssm.state_size", &["state_size"], Kind::U32),
+            ("ssm.group_count", &["n_groups"], Kind::U32),
+            ("ssm.time_step_rank", &["num_heads"], Kind::U32),
+        ],
+        without: NO_ATTENTION,
+        fixed: ANY_LENGTH,
+        only: &[SILU, ("use_bias", Only::Bool(false))],
+        has_rope: false,
+        ..LLAMA
+    },
+    Family {
         model_type: "minimax_m2",
         architecture: "minimax-m2",
         names: &[MIXTRAL],
@@ -618,6 +810,29 @@ pub(super) const FAMILIES: &[Family] = &[
     },
     Family { model_type: "mistral", rope_base: Some(1e4), ..LLAMA },
     Family { model_type: "mixtral", names: &[MIXTRAL], ..LLAMA },
+    NEMOTRON,
+    Family {
+        architecture: "nemotron_h_moe",
+        keys: &[
+            NEMOTRON.keys[0],
+            NEMOTRON.keys[1],
+            NEMOTRON.keys[2],
+            NEMOTRON.keys[3],
+            NEMOTRON.keys[4],
+            ("expert_count", &["n_routed_experts"], Kind::U32),
+            ("expert_used_count", &["num_experts_per_tok"], Kind::U32),
+            ("expert_feed_forward_length", &["moe_intermediate_size"], Kind::U32),
+            ("expert_shared_feed_forward_length", &["moe_shared_expert_intermediate_size"], Kind::U32),
+            ("expert_shared_count", &["n_shared_experts"], Kind::U32),
+            ("expert_group_count", &["n_group"], Kind::U32),
+            ("expert_group_used_count", &["topk_group"], Kind::U32),
+            ("expert_weights_norm", &["norm_topk_prob"], Kind::Bool),
+            ("expert_weights_scale", &["routed_scaling_factor"], Kind::F32),
+            ("moe_latent_size", &["moe_latent_size"], Kind::U32),
+        ],
+        fixed: SIGMOID,
+        ..NEMOTRON
+    },
     Family { model_type: "olmo2", ..OLMO },
     Family { model_type: "olmo3", window: Window::Period(4), ..OLMO },
     Family {
@@ -705,6 +920,20 @@ pub(super) const FAMILIES: &[Family] = &[
         architecture: "seed_oss",
         names: &[&[("layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm")]],
         interleaved: false,
+        ..LLAMA
+    },
+    Family {
+        model_type: "qwen3_next",
+        architecture: "qwen3next",
+        names: &[QWEN_3_NEXT, QWEN_3_5, EXPERTS],
+        unused: &["mtp.*"],
+        keys: DELTA_NET,
+        without: &["attention.head_count_kv"],
+        only: &[SILU, ALL_LAYERS[0], ALL_LAYERS[1], ("norm_topk_prob", Only::Bool(true))],
+        interleaved: false,
+        norm_offset: 1.0,
+        recurrent: &["linear_attention"],
+        rope_base: Some(1e4),
         ..LLAMA
     },
     Family {

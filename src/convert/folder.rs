@@ -82,7 +82,7 @@ impl Json {
         if text.bytes().map(weight).sum::<usize>() > MAX_JSON_WEIGHT {
             return Err(wrong(&"it has too many values"));
         }
-        let value = serde_json::from_str(&text).map_err(|e| wrong(&e))?;
+        let value = serde_json::from_str(&without_infinities(text)).map_err(|e| wrong(&e))?;
         Ok(Json { path, value })
     }
 
@@ -163,6 +163,28 @@ impl Json {
             Some(_) => Err(self.missing(key, "an object")),
         }
     }
+}
+
+/// Python writes numbers that JSON lacks. They become null.
+fn without_infinities(text: String) -> String {
+    const LACKING: [&str; 3] = ["-Infinity", "Infinity", "NaN"];
+    if !LACKING.iter().any(|number| text.contains(number)) {
+        return text;
+    }
+    let (mut out, mut rest) = (String::with_capacity(text.len()), text.as_str());
+    let (mut in_text, mut escaped) = (false, false);
+    while let Some(c) = rest.chars().next() {
+        if let Some(number) = LACKING.iter().find(|number| !in_text && rest.starts_with(**number)) {
+            out.push_str("null");
+            rest = &rest[number.len()..];
+            continue;
+        }
+        in_text ^= c == '"' && !escaped;
+        escaped = c == '\\' && !escaped;
+        out.push(c);
+        rest = &rest[c.len_utf8()..];
+    }
+    out
 }
 
 /// The mapped files of a folder's weights.

@@ -63,7 +63,7 @@ struct Plan {
     /// Optional prefixes of names, to remove.
     prefix: &'static str,
     /// Names in the folder and in GGUF files, both without `.weight` and `.bias` or both whole; the first `{}`
-    /// is a layer, the second an expert.
+    /// is a layer, if both have one, and the next an expert.
     names: Vec<Names>,
     /// Names to ignore; a star at one end matches anything.
     unused: Vec<String>,
@@ -81,6 +81,10 @@ struct Plan {
     taken: Vec<(&'static str, &'static str, Rows)>,
     /// Other files of weights, and what stands before their names.
     beside: Vec<(String, String)>,
+    /// Names in GGUF files without `.weight` of matrices that are multiplied by factors: the end of some rows, and their factor.
+    factors: Vec<(&'static str, Vec<(usize, f32)>)>,
+    /// The name in GGUF files of a table that gets rows of zeros up to a number of rows.
+    padded: Option<(&'static str, u64)>,
     /// Added to the weights of norms.
     norm_offset: f32,
     /// Vectors that no file of the folder has.
@@ -95,8 +99,19 @@ enum Rows {
     From(usize),
     /// These, in order.
     Of(Vec<usize>),
-    /// A part of the rows of each head, which has so many in all; each head a matrix, perhaps transposed.
-    Heads { length: usize, part: Range<usize>, transposed: bool },
+    /// Parts of the rows of each head, which has so many in all: of all heads the first part, then the next.
+    Heads { length: usize, parts: Vec<Range<usize>>, shape: Shape },
+}
+
+/// What becomes of parts of heads.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shape {
+    /// A matrix.
+    Matrix,
+    /// A matrix for each head.
+    Heads,
+    /// The same, transposed.
+    Transposed,
 }
 
 /// A part of names that stands for two tensors: the first half of a matrix's rows is the gate's, the second up's, or rows take turns.
@@ -159,6 +174,10 @@ struct Target<'a> {
     takes_turns: bool,
     is_bias: bool,
     offset: f32,
+    /// Factors of rows, by the ends of their parts.
+    factors: Vec<(usize, f32)>,
+    /// Rows of zeros behind the others.
+    padding: u64,
     /// Whether values are logarithms of rates, which files have as `-exp(value)`.
     is_rate: bool,
 }
@@ -290,6 +309,13 @@ impl Plan {
             targets.retain(|name, _| numbers(of, name).is_none());
         }
         targets.extend(taken);
+        if let Some((name, rows)) = self.padded
+            && let Some(table) = targets.get_mut(name)
+            && let Some(own) = table.dims.get_mut(1).filter(|own| **own < rows)
+        {
+            table.padding = rows - *own;
+            *own = rows;
+        }
         for (name, vector) in &self.vectors {
             let target =
                 Target { dims: vec![vector.len() as u64], vector: vector.clone(), ..Target::default() };
@@ -314,9 +340,10 @@ impl Plan {
             _ => return None,
         };
         self.names.iter().copied().flatten().find_map(|(from, to)| {
-            let numbers = numbers(from, stem)?;
-            let layer = numbers.first().map(u32::to_string).unwrap_or_default();
-            let expert = numbers.get(1).map(|&expert| expert as usize);
+            let mut numbers = numbers(from, stem)?.into_iter();
+            let layer = to.contains("{}").then(|| numbers.next()).flatten();
+            let layer = layer.as_ref().map(u32::to_string).unwrap_or_default();
+            let expert = numbers.next().map(|expert| expert as usize);
             Some((format!("{}.{kind}", to.replace("{}", &layer)), expert))
         })
     }
@@ -380,6 +407,11 @@ impl Plan {
             }
             target.dims = vec![cols, all / cols];
         }
+        let factors = self.factors.iter().find(|(ending, _)| match name.strip_suffix(".weight") {
+            Some(stem) if ending.starts_with('.') => stem.ends_with(ending),
+            stem => stem == Some(ending),
+        });
+        target.factors = factors.map(|(_, factors)| factors.clone()).unwrap_or_default();
         target.is_rate = name.ends_with(".ssm_a");
         let reordered = self.by_value_head.iter().find(|(ending, ..)| stem.ends_with(ending));
         if let Some(&(_, axis, heads)) = reordered {
@@ -403,23 +435,28 @@ impl Rows {
         let taken: Vec<usize> = match self {
             Rows::From(first) => (*first..all).collect(),
             Rows::Of(rows) => rows.clone(),
-            Rows::Heads { length, part, .. } => {
-                if *length == 0 || !all.is_multiple_of(*length) || part.end > *length {
+            Rows::Heads { length, parts, .. } => {
+                if *length == 0 || !all.is_multiple_of(*length) || parts.iter().any(|part| part.end > *length)
+                {
                     return Err(format!("expected rows for heads of {length}, got {rows}"));
                 }
-                (0..all / length).flat_map(|head| part.clone().map(move |row| head * length + row)).collect()
+                let heads = |part: &Range<usize>| {
+                    let part = part.clone();
+                    (0..all / length).flat_map(move |head| part.clone().map(move |row| head * length + row))
+                };
+                parts.iter().flat_map(heads).collect()
             }
         };
         match taken.iter().max().filter(|&&last| last < all) {
             Some(_) => {
                 let count = taken.len() as u64;
                 let (dims, transposed) = match self {
-                    Rows::Heads { part, transposed, .. } => {
-                        let rows = part.len() as u64;
-                        let heads = count.checked_div(rows).unwrap_or(0);
-                        match transposed {
-                            true => (vec![rows, columns, heads], Some(part.len())),
-                            false => (vec![columns, rows, heads], None),
+                    Rows::Heads { parts, shape, .. } if *shape != Shape::Matrix => {
+                        let height: usize = parts.iter().map(Range::len).sum();
+                        let (rows, heads) = (height as u64, count.checked_div(height as u64).unwrap_or(0));
+                        match shape {
+                            Shape::Transposed => (vec![rows, columns, heads], Some(height)),
+                            _ => (vec![columns, rows, heads], None),
                         }
                     }
                     _ => (vec![columns, count], None),
@@ -515,7 +552,8 @@ impl Target<'_> {
                     (None, Some((Axis::Rows, heads))) => heads.source(at),
                     _ => rows_of_a_head.map_or(at, |rows| halves_to_pairs(at, rows)),
                 };
-                let same = self.offset == 0.0 && !self.is_rate && !by_columns;
+                let factor = self.factors.iter().find(|(end, _)| from < *end).map(|(_, factor)| *factor);
+                let same = self.offset == 0.0 && !self.is_rate && !by_columns && factor.is_none();
                 blocks.resize(format.row_bytes(part.columns()).unwrap_or(0), 0);
                 if same && reader.carry(from, format, &mut blocks) {
                     if !format.is_finite(&blocks) {
@@ -533,13 +571,17 @@ impl Target<'_> {
                 for value in &mut values {
                     *value = match self.is_rate {
                         true => -f64::from(*value).exp() as f32,
-                        false => *value + self.offset,
+                        false => *value * factor.unwrap_or(1.0) + self.offset,
                     };
                 }
                 make(&values, &mut blocks)?;
                 put(&blocks)?;
             }
         }
-        Ok(())
+        if self.padding > 0 {
+            let columns = self.dims.first().map_or(0, |&columns| columns as usize);
+            make(&vec![0.0; columns], &mut blocks)?;
+        }
+        (0..self.padding).try_for_each(|_| put(&blocks))
     }
 }

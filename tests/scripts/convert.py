@@ -55,6 +55,8 @@ MIXTURE = dict(num_hidden_layers=2, intermediate_size=20, moe_intermediate_size=
                n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.5, tie_word_embeddings=True)
 LATENT = dict(MIXTURE, vocabulary="llama3", num_key_value_heads=4, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10,
               rope_parameters=dict(YARN, mscale=0.7, mscale_all_dim=0.7, beta_fast=32, beta_slow=1))
+NEMOTRON = dict(model_type="nemotron_h", vocabulary="tekken", head_dim=8, mamba_num_heads=4, mamba_head_dim=12, ssm_state_size=8,
+                n_groups=2, time_step_min=1e-30)
 GRANITE = dict(attention_multiplier=0.3, embedding_multiplier=1.7, residual_multiplier=0.4, logits_scaling=1.3)
 QUANTISED = dict(model_type="qwen3", vocabulary="qwen2", num_hidden_layers=1, hidden_size=64, intermediate_size=96, head_dim=16,
                  tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=10000.0))
@@ -144,6 +146,24 @@ FAMILIES = {
     "qwen2_moe": dict(model_type="qwen2_moe", vocabulary="qwen2", num_hidden_layers=1, num_experts=3, num_experts_per_tok=2,
                       moe_intermediate_size=16, shared_expert_intermediate_size=20, tie_word_embeddings=True),
     "seed_oss": dict(model_type="seed_oss", vocabulary="qwen2", num_hidden_layers=1, head_dim=8, tie_word_embeddings=True),
+    "falcon_h1": dict(model_type="falcon_h1", vocabulary="gpt2", num_hidden_layers=1, head_dim=8, mamba_d_ssm=48, mamba_n_heads=4,
+                      mamba_d_head=12, mamba_d_state=8, mamba_n_groups=2, attention_in_multiplier=0.7, attention_out_multiplier=0.9,
+                      key_multiplier=0.6, ssm_in_multiplier=1.2, ssm_out_multiplier=0.8, ssm_multipliers=[0.5, 1.1, 0.8, 1.2, 0.7],
+                      mlp_multipliers=[0.6, 1.3], embedding_multiplier=1.4, lm_head_multiplier=0.6),
+    "gemma3n": dict(model_type="gemma3n_text", vocabulary="gemma", head_dim=8, num_hidden_layers=4, num_kv_shared_layers=2,
+                    layer_types=["sliding_attention", "full_attention"] * 2, intermediate_size=[16] * 4, laurel_rank=64,
+                    hidden_size_per_layer_input=4, activation_sparsity_pattern=[0.95] * 4, tie_word_embeddings=True, **WINDOW,
+                    rope_parameters=dict(full_attention=dict(rope_type="default", rope_theta=1e6),
+                                         sliding_attention=dict(rope_type="default", rope_theta=10000.0))),
+    "mamba": dict(model_type="mamba", vocabulary="gpt2", intermediate_size=48, num_hidden_layers=2, state_size=8, time_step_rank=3),
+    "mamba2": dict(model_type="mamba2", vocabulary="gpt2", num_heads=4, head_dim=12, state_size=8, n_groups=1, tie_word_embeddings=True),
+    "nemotron_h": dict(NEMOTRON, layers_block_type=["linear_attention", "full_attention", "mlp"]),
+    "nemotron_h-moe": dict(NEMOTRON, layers_block_type=["linear_attention", "full_attention", "moe"], n_routed_experts=3,
+                           num_experts_per_tok=2, moe_intermediate_size=16, moe_shared_expert_intermediate_size=20, moe_latent_size=12,
+                           routed_scaling_factor=1.5, n_group=1, topk_group=1),
+    "qwen3_next": dict(QWEN_3_5, model_type="qwen3_next", vocabulary="qwen2", num_experts=3, num_experts_per_tok=2,
+                       moe_intermediate_size=16, shared_expert_intermediate_size=20,
+                       rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.25)),
     "olmo2": dict(model_type="olmo2", vocabulary="dbrx", num_hidden_layers=1, tie_word_embeddings=True),
     "olmo3": dict(model_type="olmo3", vocabulary="dbrx", num_hidden_layers=4, intermediate_size=16, tie_word_embeddings=True, **WINDOW),
     "starcoder2": dict(model_type="starcoder2", vocabulary="starcoder", num_hidden_layers=1, **WINDOW),
@@ -470,6 +490,12 @@ def write(name, options):
         quantise(folder, name, model)
     if name == "qwen3_5_moe":
         join_experts(folder / "model.safetensors")
+    if model_type == "gemma3n_text":
+        # Runtimes take the deviation of a sample. Published blocks have thousands of elements, where that is the same.
+        def sparse(self, x):
+            return torch.relu(x - x.mean(-1, keepdim=True) - x.std(-1, keepdim=True) * 1.6448536)
+
+        transformers.models.gemma3n.modeling_gemma3n.Gemma3nTextMLP._gaussian_topk = sparse
     if model_type == "gemma4_text":
         # The keys of configurations before per_layer_config.
         path = folder / "config.json"
