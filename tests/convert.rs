@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 
 const FAMILIES: &[&str] = &[
     "arcee",
+    "cohere",
     "cohere2",
     "deepseek_v2",
     "deepseek_v3",
@@ -29,15 +30,18 @@ const FAMILIES: &[&str] = &[
     "ernie4_5_moe",
     "exaone4",
     "exaone4-full",
+    "exaone_moe",
     "falcon_h1",
     "gemma",
     "gemma2",
     "gemma3",
+    "gemma3-vision",
     "gemma3n",
     "gemma4",
     "glm",
     "glm4",
     "glm4_moe",
+    "glm4_moe_lite",
     "gpt_neox",
     "gpt_oss",
     "granite",
@@ -55,7 +59,9 @@ const FAMILIES: &[&str] = &[
     "mamba2",
     "minimax_m2",
     "mistral",
+    "mistral3",
     "mixtral",
+    "nemotron",
     "nemotron_h",
     "nemotron_h-moe",
     "olmo2",
@@ -65,6 +71,7 @@ const FAMILIES: &[&str] = &[
     "phi3",
     "phi4",
     "qwen2",
+    "qwen2_5_vl",
     "qwen2_moe",
     "qwen3",
     "qwen3-awq",
@@ -78,8 +85,10 @@ const FAMILIES: &[&str] = &[
     "qwen3_5_text",
     "qwen3_moe",
     "qwen3_next",
+    "qwen3_vl",
     "seed_oss",
     "smollm3",
+    "stablelm",
     "starcoder2",
 ];
 
@@ -164,9 +173,8 @@ fn logits_are_those_of_transformers() {
             // The runtime's GELU by tanh goes through half precision; see docs/numeric-contract.md. GPT-NeoX has it for the exact one.
             // Products with MXFP4 have activations of eight bits.
             let bound = match *name {
-                "gemma" | "gemma2" | "gemma3" | "gemma3n" | "gemma4" | "gpt_neox" | "phi" | "starcoder2" => {
-                    1e-6
-                }
+                "gemma" | "gemma2" | "gemma3" | "gemma3-vision" | "gemma3n" | "gemma4" | "gpt_neox"
+                | "phi" | "starcoder2" => 1e-6,
                 "gpt_oss" => 1e-3,
                 _ => 1e-11,
             };
@@ -508,6 +516,23 @@ fn what_is_not_supported_is_named() {
         ("qwen3_next", CONFIG, "/linear_key_head_dim", json!(5), "rows for heads of 34"),
         ("qwen3_next", CONFIG, "/linear_num_value_heads", json!(3), "a multiple of the 2 heads"),
         ("qwen3_next", CONFIG, "/norm_topk_prob", json!(false), "norm_topk_prob"),
+        ("gemma3-vision", CONFIG, "/text_config/hidden_size", Value::Null, "hidden_size"),
+        (
+            "mistral3",
+            CONFIG,
+            "/text_config/rope_parameters/llama_4_scaling_beta",
+            json!("1"),
+            "llama_4_scaling_beta",
+        ),
+        (
+            "qwen3_vl",
+            CONFIG,
+            "/text_config/rope_parameters/mrope_section",
+            json!([3, 0, 0]),
+            "leave out pair 1",
+        ),
+        ("qwen3_vl", CONFIG, "/model_type", json!("qwen3_omni"), "one of bert"),
+        ("stablelm", CONFIG, "/qk_layernorm", json!(true), "qk_layernorm"),
         ("olmoe", CONFIG, "/clip_qkv", json!(8.0), "clip_qkv"),
         ("phi", CONFIG, "/qk_layernorm", json!(true), "qk_layernorm"),
         ("qwen2_moe", CONFIG, "/mlp_only_layers", json!([0]), "mlp_only_layers"),
@@ -890,6 +915,15 @@ fn other_names_of_options_are_known() {
     std::fs::write(copy.0.join("1_Pooling/config.json"), r#"{"pooling_mode": "mean"}"#).unwrap();
     let ((_, want), (positions, got)) = (vectors(&folder("nomic_bert")), vectors(&copy.0));
     assert_eq!((positions, got), (2048, want));
+    // Options that published models leave out.
+    let copy = Copy::of("gemma3-vision");
+    let given = converted(&copy.0, Format::F32).unwrap();
+    for key in ["rms_norm_eps", "rope_parameters"] {
+        copy.set(CONFIG, &format!("/text_config/{key}"), Value::Null);
+    }
+    let left_out = converted(&copy.0, Format::F32).unwrap();
+    assert_eq!(given.hparams().layer_norm_rms_epsilon, left_out.hparams().layer_norm_rms_epsilon);
+    assert_eq!((left_out.hparams().rope_freq_base, left_out.hparams().rope_freq_base_swa), (1e6, None));
     // Python writes numbers that JSON lacks.
     let copy = Copy::of("mamba2");
     let text = std::fs::read_to_string(copy.0.join(CONFIG)).unwrap();

@@ -36,16 +36,21 @@ const MAX_DRAFTING: u32 = 16;
 const MAX_EXTENT: u32 = 1 << 16;
 
 /// Models that also see or hear: `model_type` of the whole.
-const SEEING: &[&str] = &["gemma3n", "gemma4", "qwen3_5", "qwen3_5_moe"];
+const SEEING: &[&str] =
+    &["gemma3", "gemma3n", "gemma4", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl"];
+
+/// Prefixes of the names of their language model.
+const OF_TEXT: &[&str] = &["model.language_model.", "language_model.model.", "language_model.", "model."];
 
 /// Their tensors besides those of the language model: for images and sounds, and to draft tokens.
 const BESIDE_TEXT: &[&str] = &[
-    "model.audio_tower.*",
-    "model.embed_audio.*",
-    "model.embed_vision.*",
-    "model.vision_tower.*",
-    "model.visual.*",
+    "audio_tower.*",
+    "embed_audio.*",
+    "embed_vision.*",
     "mtp.*",
+    "multi_modal_projector.*",
+    "vision_tower.*",
+    "visual.*",
 ];
 
 /// Writes the metadata of a decoder, and returns the mapping of its tensors.
@@ -71,6 +76,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         let known: Vec<&str> = encoder::model_types().chain(decoders).collect();
         config.wrong("model_type", &format!("one of {}", known.join(", ")), model_type)
     })?;
+    let config = &config.with(family.defaults);
     let scheme = if config.get("quantization_config").is_some() { config } else { outer };
     let scheme = Scheme::of(scheme)?;
     options::check(config, family.only)?;
@@ -147,6 +153,13 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     }
     let rope = Rope { config, architecture, head_dim, default_base: family.rope_base, default_local: None };
     let vectors = if family.has_rope { rope.write(w)? } else { Vec::new() };
+    sections(config, architecture, w)?;
+    if model_type == "ministral3"
+        && let Some(rope) = config.object("rope_parameters")?
+        && let Some(scale) = rope.optional_f64("llama_4_scaling_beta")?
+    {
+        w.entry("mistral3.attention.temperature_scale", scale as f32)?;
+    }
     let reranker = Reranker::of(folder, config)?;
     let embeds = reranker.is_none() && sentence::is_there(folder);
     let task = if embeds { Task::Embed } else { Task::Generate };
@@ -180,9 +193,10 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         unused.extend(owned(BESIDE_TEXT));
         left_out.push("what the model has besides its language model is left out".to_owned());
     }
-    let tied = match config.bool("tie_word_embeddings")? {
-        Some(tied) => Some(tied),
-        None => outer.bool("tie_word_embeddings")?,
+    let tied = match (config.bool("tie_word_embeddings")?, outer.bool("tie_word_embeddings")?) {
+        // Versions of the library differ in which of them counts, so the folder's matrix does.
+        (Some(inner), Some(outer)) if inner != outer => None,
+        (inner, outer) => inner.or(outer),
     };
     match tied {
         // Vectors and scores of a matrix of its own need no output matrix.
@@ -257,7 +271,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     Ok(Plan {
         scheme,
         takes_turns: architecture == "gpt-oss",
-        prefix: if seeing { "model.language_model." } else { family.prefix },
+        prefixes: if seeing { OF_TEXT } else { family.prefixes },
         names,
         unused,
         required,
@@ -577,12 +591,6 @@ fn value_heads(
         &format!("{architecture}.ssm.inner_size"),
         values.saturating_mul(value).min(u32::MAX as usize) as u32,
     )?;
-    if let Some(rope) = config.object("rope_parameters")?
-        && let Some(sections) = rope.optional_f32s("mrope_section")?
-    {
-        let sections: Vec<u32> = sections.iter().map(|&pairs| pairs as u32).chain([0]).collect();
-        w.entry(&format!("{architecture}.rope.dimension_sections"), &sections[..])?;
-    }
     if architecture == "qwen3next" {
         // Its files keep heads that share a key side by side.
         return Ok(Vec::new());
@@ -600,6 +608,22 @@ fn value_heads(
         (".ssm_a", Axis::Rows, single),
         (".ssm_dt", Axis::Rows, single),
     ])
+}
+
+/// Writes the sections of rotated pairs that images use.
+fn sections(config: &Json, architecture: &str, w: &mut Writer) -> Result<()> {
+    if !matches!(architecture, "qwen2vl" | "qwen35" | "qwen35moe" | "qwen3vl") {
+        return Ok(());
+    }
+    for key in ["rope_parameters", "rope_scaling"] {
+        if let Some(rope) = config.object(key)?
+            && let Some(sections) = rope.optional_f32s("mrope_section")?
+        {
+            let sections: Vec<u32> = sections.iter().map(|&pairs| pairs as u32).chain([0]).collect();
+            return w.entry(&format!("{architecture}.rope.dimension_sections"), &sections[..]);
+        }
+    }
+    Ok(())
 }
 
 /// Returns the parts of Qwen3-Next's first matrix, which has for each head of keys its query and key, and the values and gates that

@@ -20,7 +20,7 @@ struct Family {
     model_type: &'static str,
     architecture: &'static str,
     /// Optional prefixes of names.
-    prefix: &'static str,
+    prefixes: &'static [&'static str],
     names: Names,
     /// Names of a classification head; nothing: the family has none.
     head: Names,
@@ -93,7 +93,7 @@ const MODERN_NAMES: Names = &[
 const BERT: Family = Family {
     model_type: "bert",
     architecture: "bert",
-    prefix: "bert.",
+    prefixes: &["bert."],
     names: BERT_NAMES,
     head: &[("pooler.dense", "cls"), ("classifier", "cls.output")],
     unused: &["pooler.*", "cls.*", "embeddings.position_ids"],
@@ -112,7 +112,7 @@ const BERT: Family = Family {
 /// RoBERTa (Liu et al. 2019).
 const ROBERTA: Family = Family {
     model_type: "roberta",
-    prefix: "roberta.",
+    prefixes: &["roberta."],
     head: &[("classifier.dense", "cls"), ("classifier.out_proj", "cls.output")],
     unused: &["pooler.*", "lm_head.*", "embeddings.position_ids"],
     pads_positions: true,
@@ -125,7 +125,7 @@ const FAMILIES: &[Family] = &[
     Family {
         model_type: "modernbert",
         architecture: "modern-bert",
-        prefix: "model.",
+        prefixes: &["model."],
         names: MODERN_NAMES,
         head: &[],
         unused: &["head.*", "decoder.*"],
@@ -237,7 +237,16 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         beside = found.beside;
     }
     let unused = unused.into_iter().map(str::to_owned).collect();
-    Ok(Plan { prefix: family.prefix, names, unused, required, taken, beside, left_out, ..Plan::default() })
+    Ok(Plan {
+        prefixes: family.prefixes,
+        names,
+        unused,
+        required,
+        taken,
+        beside,
+        left_out,
+        ..Plan::default()
+    })
 }
 
 /// The positions of a model.

@@ -9,8 +9,8 @@ pub(super) struct Family {
     /// `model_type` of config.json, and `general.architecture`.
     pub(super) model_type: &'static str,
     pub(super) architecture: &'static str,
-    /// Optional prefix of names.
-    pub(super) prefix: &'static str,
+    /// Optional prefixes of names.
+    pub(super) prefixes: &'static [&'static str],
     /// The family's own names, which come before [`NAMES`].
     pub(super) names: &'static [Names],
     /// The name of the output matrix.
@@ -23,6 +23,8 @@ pub(super) struct Family {
     pub(super) without: &'static [&'static str],
     /// Keys that are the same for all its models.
     pub(super) fixed: &'static [(&'static str, u32)],
+    /// Values of options that folders leave out, as JSON has them.
+    pub(super) defaults: &'static [(&'static str, &'static str)],
     /// Options with a single supported value.
     pub(super) only: &'static [(&'static str, Only)],
     /// Whether rows are reordered: published weights rotate elements `(i, i + n / 2)` of a head, GGUF files
@@ -182,6 +184,7 @@ pub(super) const EXPERTS: Names = &[
     ("layers.{}.mlp.experts.gate_up_proj", "blk.{}.ffn_gate_up_exps.weight"),
     ("layers.{}.mlp.experts.down_proj", "blk.{}.ffn_down_exps.weight"),
     ("layers.{}.mlp.gate.e_score_correction_bias", "blk.{}.exp_probs_b.bias"),
+    ("layers.{}.mlp.e_score_correction_bias", "blk.{}.exp_probs_b.bias"),
     ("layers.{}.mlp.shared_expert_gate", "blk.{}.ffn_gate_inp_shexp"),
     ("layers.{}.mlp.shared_expert.gate_proj", "blk.{}.ffn_gate_shexp"),
     ("layers.{}.mlp.shared_expert.up_proj", "blk.{}.ffn_up_shexp"),
@@ -201,7 +204,7 @@ pub(super) const MIXTURE: &[Key] = &[
         &["shared_expert_intermediate_size", "shared_intermediate_size"],
         Kind::U32,
     ),
-    ("expert_shared_count", &["n_shared_experts", "moe_num_shared_experts"], Kind::U32),
+    ("expert_shared_count", &["n_shared_experts", "num_shared_experts", "moe_num_shared_experts"], Kind::U32),
     ("expert_group_count", &["n_group"], Kind::U32),
     ("expert_group_used_count", &["topk_group"], Kind::U32),
     ("expert_weights_norm", &["norm_topk_prob"], Kind::Bool),
@@ -370,13 +373,14 @@ const SILU: (&str, Only) = ("hidden_act", Only::Text("silu"));
 pub(super) const LLAMA: Family = Family {
     model_type: "llama",
     architecture: "llama",
-    prefix: "model.",
+    prefixes: &["model."],
     names: &[],
     output: "lm_head",
     unused: &[],
     keys: &[],
     without: &[],
     fixed: &[],
+    defaults: &[],
     only: &[("hidden_act", Only::Text("silu"))],
     interleaved: true,
     norm_offset: 0.0,
@@ -406,7 +410,7 @@ pub(super) const GEMMA: Family = Family {
 const NEMOTRON: Family = Family {
     model_type: "nemotron_h",
     architecture: "nemotron_h",
-    prefix: "backbone.",
+    prefixes: &["backbone."],
     names: &[NEMOTRON_H, MAMBA],
     unused: &["mtp.*"],
     keys: &[
@@ -456,6 +460,19 @@ pub(super) const FAMILIES: &[Family] = &[
         model_type: "arcee",
         architecture: "arcee",
         only: &[("hidden_act", Only::Text("relu2"))],
+        ..LLAMA
+    },
+    // Its published weights already rotate adjacent elements.
+    Family {
+        model_type: "cohere",
+        architecture: "command-r",
+        // Published models state fewer positions than they were trained with.
+        keys: &[
+            ("context_length", &["model_max_length", "max_position_embeddings"], Kind::U32),
+            ("logit_scale", &["logit_scale"], Kind::F32),
+        ],
+        without: &["context_length"],
+        interleaved: false,
         ..LLAMA
     },
     Family {
@@ -525,6 +542,17 @@ pub(super) const FAMILIES: &[Family] = &[
         window: Window::Period(4),
         ..LLAMA
     },
+    Family {
+        model_type: "exaone_moe",
+        architecture: "exaone-moe",
+        names: &[EXPERTS],
+        unused: &["mtp.*"],
+        keys: MIXTURE,
+        fixed: SIGMOID,
+        interleaved: false,
+        window: Window::Period(4),
+        ..LLAMA
+    },
     // Its blocks of Mamba stand beside attention.
     Family {
         model_type: "falcon_h1",
@@ -567,11 +595,28 @@ pub(super) const FAMILIES: &[Family] = &[
         rope_base: Some(1e4),
         ..GEMMA
     },
-    Family { model_type: "gemma3_text", architecture: "gemma3", window: Window::Period(6), ..GEMMA },
+    Family {
+        model_type: "gemma3_text",
+        architecture: "gemma3",
+        // Published models that also see name few options.
+        defaults: &[
+            ("head_dim", "256"),
+            ("max_position_embeddings", "131072"),
+            ("num_attention_heads", "8"),
+            ("num_key_value_heads", "4"),
+            ("query_pre_attn_scalar", "256"),
+            ("rms_norm_eps", "1e-6"),
+            ("vocab_size", "262208"),
+        ],
+        window: Window::Period(6),
+        rope_base: Some(1e6),
+        ..GEMMA
+    },
     // EmbeddingGemma.
     Family {
         model_type: "gemma3_text",
         architecture: "gemma-embedding",
+        rope_base: Some(1e6),
         names: &[&[("dense_2.linear", "dense_2"), ("dense_3.linear", "dense_3")], POST_NORMS],
         keys: &[],
         only: &[
@@ -646,9 +691,15 @@ pub(super) const FAMILIES: &[Family] = &[
         ..LLAMA
     },
     Family {
+        model_type: "glm4_moe_lite",
+        only: &[SILU, ("rope_interleave", Only::Bool(true))],
+        fixed: &[("attention.head_count_kv", 1), ("expert_gating_func", 2)],
+        ..DEEPSEEK
+    },
+    Family {
         model_type: "gpt_neox",
         architecture: "gptneox",
-        prefix: "gpt_neox.",
+        prefixes: &["gpt_neox."],
         names: &[GPT_NEOX],
         output: "embed_out",
         unused: &["*.attention.bias", "*.attention.masked_bias"],
@@ -758,7 +809,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "mamba",
         architecture: "mamba",
-        prefix: "backbone.",
+        prefixes: &["backbone."],
         names: &[MAMBA],
         keys: &[
             ("attention.layer_norm_rms_epsilon", &["layer_norm_epsilon"], Kind::F32),
@@ -776,7 +827,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "mamba2",
         architecture: "mamba2",
-        prefix: "backbone.",
+        prefixes: &["backbone."],
         names: &[MAMBA],
         keys: &[
             ("attention.layer_norm_rms_epsilon", &["layer_norm_epsilon"], Kind::F32),
@@ -808,6 +859,12 @@ pub(super) const FAMILIES: &[Family] = &[
         interleaved: false,
         ..LLAMA
     },
+    Family {
+        model_type: "ministral3",
+        architecture: "mistral3",
+        only: &[SILU, ("sliding_window", Only::Absent)],
+        ..LLAMA
+    },
     Family { model_type: "mistral", rope_base: Some(1e4), ..LLAMA },
     Family { model_type: "mixtral", names: &[MIXTRAL], ..LLAMA },
     NEMOTRON,
@@ -832,6 +889,16 @@ pub(super) const FAMILIES: &[Family] = &[
         ],
         fixed: SIGMOID,
         ..NEMOTRON
+    },
+    Family {
+        model_type: "nemotron",
+        architecture: "nemotron",
+        keys: &[("attention.layer_norm_epsilon", &["norm_eps"], Kind::F32)],
+        without: &["attention.layer_norm_rms_epsilon"],
+        only: &[("hidden_act", Only::Text("relu2"))],
+        interleaved: false,
+        norm_offset: 1.0,
+        ..LLAMA
     },
     Family { model_type: "olmo2", ..OLMO },
     Family { model_type: "olmo3", window: Window::Period(4), ..OLMO },
@@ -866,6 +933,7 @@ pub(super) const FAMILIES: &[Family] = &[
         ..LLAMA
     },
     Family { model_type: "qwen2", architecture: "qwen2", interleaved: false, ..LLAMA },
+    Family { model_type: "qwen2_5_vl_text", architecture: "qwen2vl", interleaved: false, ..LLAMA },
     Family {
         model_type: "qwen2_moe",
         architecture: "qwen2moe",
@@ -915,6 +983,7 @@ pub(super) const FAMILIES: &[Family] = &[
         interleaved: false,
         ..LLAMA
     },
+    Family { model_type: "qwen3_vl_text", architecture: "qwen3vl", interleaved: false, ..LLAMA },
     Family {
         model_type: "seed_oss",
         architecture: "seed_oss",
@@ -943,6 +1012,15 @@ pub(super) const FAMILIES: &[Family] = &[
             ("hidden_act", Only::Text("silu")),
             ("no_rope_layer_interval", Only::Number(NOPE_PERIOD as f64)),
         ],
+        ..LLAMA
+    },
+    Family {
+        model_type: "stablelm",
+        architecture: "stablelm",
+        keys: &[("use_parallel_residual", &["use_parallel_residual"], Kind::Bool)],
+        only: &[SILU, ("qk_layernorm", Only::Bool(false))],
+        interleaved: false,
+        rope_base: Some(1e4),
         ..LLAMA
     },
     Family {

@@ -91,6 +91,20 @@ impl Json {
         Json { path: folder.join(name), value }
     }
 
+    /// The same with values of keys that it lacks, as JSON has them.
+    pub(super) fn with(&self, defaults: &[(&str, &str)]) -> Json {
+        let mut value = self.value.clone();
+        for (key, text) in defaults {
+            let lacks = value.get(key).is_none_or(Value::is_null);
+            if let (true, Some(object), Ok(default)) =
+                (lacks, value.as_object_mut(), serde_json::from_str(text))
+            {
+                object.insert((*key).to_owned(), default);
+            }
+        }
+        Json { path: self.path.clone(), value }
+    }
+
     /// Opens an optional JSON file. A missing file has no keys.
     pub(super) fn open_if_there(folder: &Path, name: &str) -> Result<Json> {
         match has(folder, name) {

@@ -46,6 +46,8 @@ const PLAIN: &[&str] = &[
     ".ffn_gate_inp.weight",
     ".ssm_a",
     ".ssm_d",
+    ".attn_q_norm.weight",
+    ".attn_k_norm.weight",
     ".ssm_norm.weight",
     ".ssm_conv1d.weight",
     ".shortconv.conv.weight",
@@ -60,8 +62,8 @@ const CHECKED_POSITIONS: u32 = 256;
 struct Plan {
     /// How weights are quantised.
     scheme: Scheme,
-    /// Optional prefixes of names, to remove.
-    prefix: &'static str,
+    /// Prefixes of names to remove, at most one from each.
+    prefixes: &'static [&'static str],
     /// Names in the folder and in GGUF files, both without `.weight` and `.bias` or both whole; the first `{}`
     /// is a layer, if both have one, and the next an expert.
     names: Vec<Names>,
@@ -260,14 +262,16 @@ impl Plan {
     fn targets<'a>(&self, parts: BTreeMap<String, Part<'a>>) -> Result<BTreeMap<String, Target<'a>>> {
         let has = |name: &str| parts.contains_key(name);
         let mut required = self.required.iter();
-        if let Some(name) = required.find(|name| !has(name) && !has(&format!("{}{name}", self.prefix))) {
+        let is_there =
+            |name: &str| has(name) || self.prefixes.iter().any(|prefix| has(&format!("{prefix}{name}")));
+        if let Some(name) = required.find(|name| !is_there(name)) {
             return Err(Error::Model(format!("tensor `{name}` is missing")));
         }
         // Experts of one tensor are consecutive, in order of their numbers.
         let mut found: BTreeMap<String, BTreeMap<Option<usize>, Part<'a>>> = BTreeMap::new();
         let mut halves = BTreeMap::new();
         for (full, part) in parts {
-            let short = full.strip_prefix(self.prefix).unwrap_or(&full);
+            let short = self.prefixes.iter().find_map(|prefix| full.strip_prefix(prefix)).unwrap_or(&full);
             if self.unused.iter().any(|pattern| matches(pattern, short)) {
                 continue;
             }

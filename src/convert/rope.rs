@@ -106,6 +106,7 @@ impl Rope<'_> {
         let attention_factor = p.optional_f64("attention_factor")?;
         match kind(p)? {
             "default" | "none" => Ok(Vec::new()),
+            "mrope" if *architecture == "qwen2vl" => Ok(Vec::new()),
             "dynamic" if *architecture == "hunyuan-dense" && p.get("alpha").is_some() => Ok(Vec::new()),
             "linear" => {
                 w.entry(&entry("type"), "linear")?;

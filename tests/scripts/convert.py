@@ -41,6 +41,8 @@ LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_facto
               original_max_position_embeddings=32)
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=2.0, original_max_position_embeddings=32)
 VISION = dict(depth=1, hidden_size=8, intermediate_size=8, num_heads=2, out_hidden_size=24, patch_size=2, num_position_embeddings=4)
+SIGLIP = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=4, patch_size=2)
+WRAPPERS = {"ministral3": "mistral3"}
 # Four heads of values for two of keys.
 QWEN_3_5 = dict(model_type="qwen3_5_text", vocabulary="qwen35", num_hidden_layers=2,
                 layer_types=["linear_attention", "full_attention"], head_dim=16, tie_word_embeddings=True, linear_conv_kernel_dim=4,
@@ -164,6 +166,28 @@ FAMILIES = {
     "qwen3_next": dict(QWEN_3_5, model_type="qwen3_next", vocabulary="qwen2", num_experts=3, num_experts_per_tok=2,
                        moe_intermediate_size=16, shared_expert_intermediate_size=20,
                        rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.25)),
+    # Models that also see.
+    "gemma3-vision": dict(model_type="gemma3_text", vocabulary="gemma", head_dim=8, query_pre_attn_scalar=12, num_hidden_layers=2,
+                          intermediate_size=16, tie_word_embeddings=True, vision_config=SIGLIP, **WINDOW),
+    "mistral3": dict(model_type="ministral3", vocabulary="tekken", num_hidden_layers=1, head_dim=8, tie_word_embeddings=True,
+                     vision_config=dict(SIGLIP, model_type="pixtral", head_dim=4),
+                     rope_parameters=dict(YARN, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0, beta_fast=32.0,
+                                          beta_slow=1.0, llama_4_scaling_beta=0.1)),
+    "qwen2_5_vl": dict(model_type="qwen2_5_vl_text", vocabulary="qwen2", num_hidden_layers=1, hidden_size=32, tie_word_embeddings=True,
+                       vision_config=dict(VISION, out_hidden_size=32, fullatt_block_indexes=[0]),
+                       rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1])),
+    "qwen3_vl": dict(model_type="qwen3_vl_text", vocabulary="qwen2", num_hidden_layers=1, head_dim=8, tie_word_embeddings=True,
+                     vision_config=dict(VISION, deepstack_visual_indexes=[]),
+                     rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1], mrope_interleaved=True)),
+    "cohere": dict(model_type="cohere", vocabulary="starcoder", num_hidden_layers=1, use_qk_norm=True, tie_word_embeddings=True),
+    "exaone_moe": dict(MIXTURE, model_type="exaone_moe", vocabulary="gpt2", head_dim=8, num_experts=3, num_shared_experts=2,
+                       layer_types=["sliding_attention", "full_attention"], **WINDOW),
+    # The library has this epsilon in the norms of latent vectors, whatever the option says.
+    "glm4_moe_lite": dict(LATENT, rms_norm_eps=1e-6, model_type="glm4_moe_lite", n_routed_experts=3, n_shared_experts=1, q_lora_rank=12,
+                          rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
+    "nemotron": dict(model_type="nemotron", vocabulary="gpt2", num_hidden_layers=1, hidden_size=32, tie_word_embeddings=True),
+    "stablelm": dict(model_type="stablelm", vocabulary="gpt2", num_hidden_layers=1, hidden_size=32, use_qkv_bias=True,
+                     tie_word_embeddings=True),
     "olmo2": dict(model_type="olmo2", vocabulary="dbrx", num_hidden_layers=1, tie_word_embeddings=True),
     "olmo3": dict(model_type="olmo3", vocabulary="dbrx", num_hidden_layers=4, intermediate_size=16, tie_word_embeddings=True, **WINDOW),
     "starcoder2": dict(model_type="starcoder2", vocabulary="starcoder", num_hidden_layers=1, **WINDOW),
@@ -464,8 +488,9 @@ def write(name, options):
     Auto = transformers.AutoModelForCausalLM
     if vision := options.pop("vision_config", None):
         Auto = transformers.AutoModelForImageTextToText
-        options = dict(text_config=options, vision_config=vision, tie_word_embeddings=options["tie_word_embeddings"])
-        model_type = model_type.removesuffix("_text")
+        options = dict(text_config=dict(options, model_type=model_type), vision_config=vision,
+                       tie_word_embeddings=options["tie_word_embeddings"])
+        model_type = WRAPPERS.get(model_type, model_type.removesuffix("_text"))
     config = transformers.AutoConfig.for_model(model_type, **options)
     model = Auto.from_config(config)
     with torch.no_grad():
