@@ -384,7 +384,7 @@ const VOCABULARY: &str = "tokenizer.json";
 fn what_is_not_supported_is_named() {
     let mut wrong = Vec::new();
     for (family, file, pointer, value, says) in [
-        ("llama", CONFIG, "/model_type", json!("rwkv"), "one of bert, camembert, modernbert"),
+        ("llama", CONFIG, "/model_type", json!("rwkv"), "one of bert, camembert, distilbert"),
         ("llama", CONFIG, "/hidden_act", json!("relu"), "expected silu, got"),
         ("llama", CONFIG, "/quantization_config", json!({}), "quantization_config"),
         ("llama", CONFIG, "/quantization_config", json!({"quant_method": "bitnet"}), "fp8, gptq, awq,"),
@@ -630,6 +630,19 @@ fn weights_that_do_not_fit_are_named() {
     copy.is_refused("untied", "lm_head.weight");
 }
 
+#[test]
+fn the_guide_names_all_families() {
+    let copy = Copy::of("llama");
+    copy.set(CONFIG, "/model_type", json!("rwkv"));
+    let error = converted(&copy.0, Format::F32).unwrap_err().to_string();
+    let list = error.split_once("expected one of ").unwrap().1.split_once(", got").unwrap().0;
+    let guide = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/guide.md")).unwrap();
+    let words: Vec<&str> = guide.split(|c: char| !c.is_alphanumeric() && c != '_' && c != '-').collect();
+    let missing: Vec<&str> = list.split(", ").filter(|name| !words.contains(name)).collect();
+    assert_eq!(missing, [""; 0]);
+    assert!(list.split(", ").count() > 60);
+}
+
 /// Merges that no scores stand for are not taken for some.
 #[test]
 fn merges_without_scores_are_refused() {
@@ -870,6 +883,10 @@ fn what_encoders_lack_is_named() {
         ("nomic_bert", CONFIG, "/hidden_act", json!("gelu"), "expected silu, got"),
         ("nomic_bert", CONFIG, "/moe_every_n_layers", json!(2), "moe_every_n_layers"),
         ("nomic_bert", VOCABULARY, "/model/vocab/xyz", json!(1), "without gaps"),
+        ("qwen3-embedding", CONFIG, "/is_causal", json!(false), "expected true, got false"),
+        ("qwen3-embedding", CONFIG, "/use_bidirectional_attention", json!(true), "expected false, got true"),
+        ("distilbert", CONFIG, "/activation", json!("relu"), "expected gelu, got"),
+        ("distilbert", CONFIG, "/n_layers", json!(1), "blk.1."),
         ("embedding_gemma", DENSE, "/bias", json!(true), "expected false, got true"),
         ("embedding_gemma", DENSE, "/activation_function", json!("torch.nn.Tanh"), "Identity"),
         ("embedding_gemma", DENSE, "/out_features", json!(32), "dense_2.weight"),

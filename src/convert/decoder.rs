@@ -14,7 +14,7 @@ use super::part::Scheme;
 use super::rope::Rope;
 use super::sentence::{self, Sentence};
 use super::vocabulary::Task;
-use super::{Axis, Plan, Rows, Shape, ValueHeads, encoder, vocabulary};
+use super::{Axis, Factors, Plan, Rows, Shape, ValueHeads, encoder, vocabulary};
 use crate::error::Result;
 use crate::gguf::write::Writer;
 use crate::rank;
@@ -73,13 +73,22 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let family = families.clone().find(fits).or(families.next());
     let family = family.ok_or_else(|| {
         let decoders = FAMILIES.iter().map(|family| family.model_type);
-        let known: Vec<&str> = encoder::model_types().chain(decoders).collect();
+        let mut known: Vec<&str> = encoder::model_types().chain(decoders).collect();
+        known.dedup();
         config.wrong("model_type", &format!("one of {}", known.join(", ")), model_type)
     })?;
     let config = &config.with(family.defaults);
     let scheme = if config.get("quantization_config").is_some() { config } else { outer };
     let scheme = Scheme::of(scheme)?;
     options::check(config, family.only)?;
+    // Some embed texts with tokens that also see later ones, which the families of decoders do not.
+    for (key, causal) in [("is_causal", true), ("use_bidirectional_attention", false)] {
+        if let Some(other) = config.bool(key).unwrap_or(None).filter(|other| *other != causal)
+            && !family.both_ways
+        {
+            return Err(config.wrong(key, &causal.to_string(), other));
+        }
+    }
     let architecture = family.architecture;
     w.entry("general.architecture", architecture)?;
     let name = config.value.get("_name_or_path").and_then(Value::as_str).filter(|name| !name.is_empty());
@@ -532,7 +541,7 @@ fn gemma_3n_layers(config: &Json, layers: u32, w: &mut Writer) -> Result<()> {
 }
 
 /// Returns the factors that Falcon-H1 has on results of its matrices, by rows: the end of each part and its factor.
-fn falcon_factors(config: &Json) -> Result<Vec<(&'static str, Vec<(usize, f32)>)>> {
+fn falcon_factors(config: &Json) -> Result<Factors> {
     let one = |key: &str| Ok(config.optional_f64(key)?.unwrap_or(1.0) as f32);
     let list = |key: &str, count: usize| {
         let list = config.optional_f32s(key)?.unwrap_or_else(|| vec![1.0; count]);
@@ -642,7 +651,11 @@ fn neighbours(config: &Json) -> Result<[(&'static str, &'static str, Rows); 2]> 
             "blk.{}.attn_qkvz.weight",
             rows(vec![0..ends[0], ends[0]..ends[1], ends[1]..ends[2]]),
         ),
-        ("blk.{}.attn_gate.weight", "blk.{}.attn_qkvz.weight", rows(vec![ends[2]..ends[3]])),
+        (
+            "blk.{}.attn_gate.weight",
+            "blk.{}.attn_qkvz.weight",
+            rows(std::iter::once(ends[2]..ends[3]).collect()),
+        ),
     ])
 }
 

@@ -27,6 +27,8 @@ struct Family {
     /// Names that embeddings do not need: heads of the training.
     unused: &'static [&'static str],
     keys: &'static [Key],
+    /// Values of options that folders leave out, as JSON has them.
+    defaults: &'static [(&'static str, &'static str)],
     /// Options with a single supported value.
     only: &'static [(&'static str, Only)],
     /// Whether the table of positions has rows for padding in front.
@@ -41,10 +43,10 @@ struct Family {
 /// Options of all families, the first of which is required.
 const KEYS: &[Key] = &[
     ("vocab_size", &["vocab_size"], Kind::U32),
-    ("embedding_length", &["hidden_size", "n_embd"], Kind::U32),
-    ("block_count", &["num_hidden_layers", "n_layer"], Kind::U32),
-    ("feed_forward_length", &["intermediate_size", "n_inner"], Kind::U32),
-    ("attention.head_count", &["num_attention_heads", "n_head"], Kind::U32),
+    ("embedding_length", &["hidden_size", "n_embd", "dim"], Kind::U32),
+    ("block_count", &["num_hidden_layers", "n_layer", "n_layers"], Kind::U32),
+    ("feed_forward_length", &["intermediate_size", "n_inner", "hidden_dim"], Kind::U32),
+    ("attention.head_count", &["num_attention_heads", "n_head", "n_heads"], Kind::U32),
     ("attention.layer_norm_epsilon", &["layer_norm_eps", "norm_eps", "layer_norm_epsilon"], Kind::F32),
 ];
 
@@ -61,6 +63,20 @@ const BERT_NAMES: Names = &[
     ("encoder.layer.{}.intermediate.dense", "blk.{}.ffn_up"),
     ("encoder.layer.{}.output.dense", "blk.{}.ffn_down"),
     ("encoder.layer.{}.output.LayerNorm", "blk.{}.layer_output_norm"),
+];
+
+const DISTIL_NAMES: Names = &[
+    ("embeddings.word_embeddings", "token_embd"),
+    ("embeddings.position_embeddings", "position_embd"),
+    ("embeddings.LayerNorm", "token_embd_norm"),
+    ("transformer.layer.{}.attention.q_lin", "blk.{}.attn_q"),
+    ("transformer.layer.{}.attention.k_lin", "blk.{}.attn_k"),
+    ("transformer.layer.{}.attention.v_lin", "blk.{}.attn_v"),
+    ("transformer.layer.{}.attention.out_lin", "blk.{}.attn_output"),
+    ("transformer.layer.{}.sa_layer_norm", "blk.{}.attn_output_norm"),
+    ("transformer.layer.{}.ffn.lin1", "blk.{}.ffn_up"),
+    ("transformer.layer.{}.ffn.lin2", "blk.{}.ffn_down"),
+    ("transformer.layer.{}.output_layer_norm", "blk.{}.layer_output_norm"),
 ];
 
 /// Names as the model's authors publish them.
@@ -98,6 +114,7 @@ const BERT: Family = Family {
     head: &[("pooler.dense", "cls"), ("classifier", "cls.output")],
     unused: &["pooler.*", "cls.*", "embeddings.position_ids"],
     keys: &[],
+    defaults: &[],
     only: &[
         ("hidden_act", Only::Text("gelu")),
         ("position_embedding_type", Only::Text("absolute")),
@@ -122,6 +139,17 @@ const ROBERTA: Family = Family {
 const FAMILIES: &[Family] = &[
     BERT,
     Family { model_type: "camembert", ..ROBERTA },
+    // DistilBERT (Sanh et al. 2019) has no types of tokens.
+    Family {
+        model_type: "distilbert",
+        prefixes: &["distilbert."],
+        names: DISTIL_NAMES,
+        head: &[],
+        unused: &["vocab_*"],
+        defaults: &[("layer_norm_eps", "1e-12")],
+        only: &[("activation", Only::Text("gelu"))],
+        ..BERT
+    },
     Family {
         model_type: "modernbert",
         architecture: "modern-bert",
@@ -172,6 +200,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let family = FAMILIES.iter().find(|family| family.model_type == model_type);
     let family = family.ok_or_else(|| config.missing("model_type", "an encoder"))?;
     let architecture = family.architecture;
+    let config = &config.with(family.defaults);
     options::check(config, family.only)?;
     w.entry("general.architecture", architecture)?;
     let name = config.value.get("_name_or_path").and_then(Value::as_str).filter(|name| !name.is_empty());

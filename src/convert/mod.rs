@@ -83,8 +83,8 @@ struct Plan {
     taken: Vec<(&'static str, &'static str, Rows)>,
     /// Other files of weights, and what stands before their names.
     beside: Vec<(String, String)>,
-    /// Names in GGUF files without `.weight` of matrices that are multiplied by factors: the end of some rows, and their factor.
-    factors: Vec<(&'static str, Vec<(usize, f32)>)>,
+    /// Names in GGUF files without `.weight` of matrices that are multiplied by factors.
+    factors: Factors,
     /// The name in GGUF files of a table that gets rows of zeros up to a number of rows.
     padded: Option<(&'static str, u64)>,
     /// Added to the weights of norms.
@@ -94,6 +94,9 @@ struct Plan {
     /// Warnings: settings of the folder that the file lacks.
     left_out: Vec<String>,
 }
+
+/// Names of matrices with their factors: the end of some rows, and what these are multiplied by.
+type Factors = Vec<(&'static str, Vec<(usize, f32)>)>;
 
 /// Rows of a matrix.
 enum Rows {

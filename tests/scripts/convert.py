@@ -202,6 +202,7 @@ ENCODERS = {
     "xlm-roberta": dict(architecture="XLMRobertaModel", vocabulary="unigram", pooling="cls", type_vocab_size=1, layer_norm_eps=1e-5),
     "roberta": dict(architecture="RobertaModel", vocabulary="roberta", pooling="mean", type_vocab_size=1, layer_norm_eps=1e-5),
     "bert-unigram": dict(architecture="BertModel", vocabulary="unigram", pooling="mean", type_vocab_size=2),
+    "distilbert": dict(architecture="DistilBertModel", vocabulary="words", pooling="mean", dim=24, n_layers=2, n_heads=4, hidden_dim=32),
     "modernbert": dict(architecture="ModernBertModel", vocabulary="modern", pooling="cls", num_hidden_layers=4, local_attention=8,
                        global_attn_every_n_layers=3, hidden_activation="gelu", cls_token_id=0, sep_token_id=2),
     "nomic_bert": dict(architecture="NomicBertModel", vocabulary="words", pooling="mean", type_vocab_size=2),
