@@ -10,7 +10,7 @@ use crate::model::Pooling;
 use crate::tokenizer::{EncodeOptions, Tokenizer};
 
 /// Key of the text around query and document, which stand in it as `{query}` and `{document}`.
-const TEMPLATE: &str = "tokenizer.chat_template.rerank";
+pub(crate) const TEMPLATE: &str = "tokenizer.chat_template.rerank";
 
 /// The tokens of a query and a document as the reranker in a file expects them: within the file's template, whose control tokens
 /// neither of them can forge, or with the vocabulary's separators.

@@ -1,485 +1,57 @@
-//! Decoders: each family's names of weights and options, in folders and in GGUF files.
+//! Decoders: writes the metadata of a family of the table, and what families have beyond it.
 
 use std::path::Path;
 
 use serde_json::Value;
 
-use super::folder::Json;
+use super::families::{
+    FAMILIES, Family, GRANITE_4_ONLY, GRANITE_4_SHARED, NAMES, NOPE_PERIOD, Names, OPTIONAL, REQUIRED,
+    UNUSED, Window,
+};
+use super::folder::{Json, has, read_text};
+use super::options;
 use super::part::Scheme;
 use super::rope::Rope;
-use super::{Axis, Plan, ValueHeads, vocabulary};
+use super::sentence::{self, Sentence};
+use super::vocabulary::Task;
+use super::{Axis, Factors, Plan, Rows, Shape, ValueHeads, encoder, vocabulary};
 use crate::error::Result;
 use crate::gguf::write::Writer;
+use crate::rank;
 
-/// The differences between families.
-struct Family {
-    /// `model_type` of config.json, and `general.architecture`.
-    model_type: &'static str,
-    architecture: &'static str,
-    /// The family's own names.
-    names: &'static [(&'static str, &'static str)],
-    /// The family's own options.
-    keys: &'static [Key],
-    /// Options with a single supported value.
-    only: &'static [(&'static str, Only)],
-    /// Whether rows are reordered: published weights rotate elements `(i, i + n / 2)` of a head, GGUF files
-    /// adjacent ones.
-    interleaved: bool,
-    /// Added to the weights of norms.
-    norm_offset: f32,
-    window: Window,
-    /// What layers without attention are called in `layer_types`; nothing: all have it.
-    recurrent: &'static [&'static str],
-    /// Default base of rotary frequencies.
-    rope_base: Option<f64>,
-}
+/// Where a folder says in words what it is.
+const README: &str = "README.md";
 
-/// An option: its key in the GGUF file without the architecture, its alternative keys in the folder, and its
-/// type.
-type Key = (&'static str, &'static [&'static str], Kind);
+/// The first of Gemma 3n's layers keep the largest elements of their gates, and the share that they do not keep.
+const SPARSE_LAYERS: usize = 10;
+const SPARSE_SHARE: f64 = 0.95;
 
-#[derive(Clone, Copy)]
-enum Kind {
-    U32,
-    F32,
-    Bool,
-}
+/// Steps of Mamba below this are as good as none.
+const LEAST_STEP: f64 = 1e-9;
 
-#[derive(Clone, Copy)]
-enum Only {
-    Text(&'static str),
-    Bool(bool),
-    Number(f64),
-    /// An empty list.
-    Nothing,
-}
-
-/// The layers with a sliding window.
-#[derive(Clone, Copy)]
-enum Window {
-    /// All layers, if the config has a window.
-    All,
-    /// All layers but the last of each period, unless the config lists the layers.
-    Period(u32),
-}
+/// Maximum layers that draft tokens.
+const MAX_DRAFTING: u32 = 16;
 
 /// Maximum layers and elements of a head, checked before allocations; the runtime's limits are lower.
 const MAX_EXTENT: u32 = 1 << 16;
 
-/// Required options.
-const REQUIRED: &[Key] = &[
-    ("context_length", &["max_position_embeddings"], Kind::U32),
-    ("embedding_length", &["hidden_size"], Kind::U32),
-    ("block_count", &["num_hidden_layers"], Kind::U32),
-    ("feed_forward_length", &["intermediate_size"], Kind::U32),
-    ("attention.head_count", &["num_attention_heads"], Kind::U32),
-    ("vocab_size", &["vocab_size"], Kind::U32),
-];
-
-/// Optional options. If a family requires one, opening the result reports it.
-const OPTIONAL: &[Key] = &[
-    ("attention.head_count_kv", &["num_key_value_heads"], Kind::U32),
-    ("attention.key_length", &["head_dim"], Kind::U32),
-    ("attention.value_length", &["head_dim"], Kind::U32),
-    ("attention.layer_norm_rms_epsilon", &["rms_norm_eps", "norm_eps"], Kind::F32),
-    ("attention.layer_norm_epsilon", &["layer_norm_eps", "norm_epsilon"], Kind::F32),
-    ("expert_count", &["num_local_experts", "num_experts"], Kind::U32),
-    ("expert_used_count", &["num_experts_per_tok"], Kind::U32),
-];
-
-/// Names that most families have, without `model.` in front.
-const NAMES: &[(&str, &str)] = &[
-    ("embed_tokens", "token_embd"),
-    ("norm", "output_norm"),
-    ("lm_head", "output"),
-    ("layers.{}.input_layernorm", "blk.{}.attn_norm"),
-    ("layers.{}.self_attn.q_proj", "blk.{}.attn_q"),
-    ("layers.{}.self_attn.k_proj", "blk.{}.attn_k"),
-    ("layers.{}.self_attn.v_proj", "blk.{}.attn_v"),
-    ("layers.{}.self_attn.o_proj", "blk.{}.attn_output"),
-    ("layers.{}.self_attn.q_norm", "blk.{}.attn_q_norm"),
-    ("layers.{}.self_attn.k_norm", "blk.{}.attn_k_norm"),
-    ("layers.{}.post_attention_layernorm", "blk.{}.ffn_norm"),
-    ("layers.{}.mlp.gate_proj", "blk.{}.ffn_gate"),
-    ("layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
-    ("layers.{}.mlp.down_proj", "blk.{}.ffn_down"),
-];
-
-/// Norms after the blocks as well as before them, or instead.
-const POST_NORMS: &[(&str, &str)] = &[
-    ("layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm"),
-    ("layers.{}.pre_feedforward_layernorm", "blk.{}.ffn_norm"),
-    ("layers.{}.post_feedforward_layernorm", "blk.{}.post_ffw_norm"),
-];
-
-/// GLM's names: gate and up are in one weight.
-const GLM: &[(&str, &str)] = &[("layers.{}.mlp.gate_up_proj", "blk.{}.ffn_up")];
-
-/// GLM-4-0414's norms after its blocks.
-const GLM_4: &[(&str, &str)] = &[
-    ("layers.{}.post_self_attn_layernorm", "blk.{}.post_attention_norm"),
-    ("layers.{}.post_mlp_layernorm", "blk.{}.post_ffw_norm"),
-    ("layers.{}.mlp.gate_up_proj", "blk.{}.ffn_up"),
-];
-
-/// Gemma 4's names, besides those of [`POST_NORMS`].
-const GEMMA_4: &[(&str, &str)] = &[
-    ("embed_tokens_per_layer", "per_layer_token_embd"),
-    ("per_layer_model_projection", "per_layer_model_proj"),
-    ("per_layer_projection_norm", "per_layer_proj_norm"),
-    ("layers.{}.per_layer_input_gate", "blk.{}.inp_gate"),
-    ("layers.{}.per_layer_projection", "blk.{}.proj"),
-    ("layers.{}.post_per_layer_input_norm", "blk.{}.post_norm"),
-    ("layers.{}.layer_scalar", "blk.{}.layer_output_scale.weight"),
-];
-
-/// gpt-oss's names.
-const GPT_OSS: &[(&str, &str)] = &[
-    ("layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm"),
-    ("layers.{}.self_attn.sinks", "blk.{}.attn_sinks.weight"),
-    ("layers.{}.mlp.router", "blk.{}.ffn_gate_inp"),
-    ("layers.{}.mlp.experts.gate_up_proj", "blk.{}.ffn_gate_up_exps.weight"),
-    ("layers.{}.mlp.experts.gate_up_proj_bias", "blk.{}.ffn_gate_up_exps.bias"),
-    ("layers.{}.mlp.experts.down_proj", "blk.{}.ffn_down_exps.weight"),
-    ("layers.{}.mlp.experts.down_proj_bias", "blk.{}.ffn_down_exps.bias"),
-];
-
-/// Granite 4's names. Without experts, the block for all tokens is the only one.
-const GRANITE_4: &[(&str, &str)] = &[
-    ("layers.{}.mamba.in_proj", "blk.{}.ssm_in"),
-    ("layers.{}.mamba.conv1d", "blk.{}.ssm_conv1d"),
-    ("layers.{}.mamba.A_log", "blk.{}.ssm_a"),
-    ("layers.{}.mamba.D", "blk.{}.ssm_d"),
-    ("layers.{}.mamba.dt_bias", "blk.{}.ssm_dt.bias"),
-    ("layers.{}.mamba.norm", "blk.{}.ssm_norm"),
-    ("layers.{}.mamba.out_proj", "blk.{}.ssm_out"),
-    ("layers.{}.block_sparse_moe.router.layer", "blk.{}.ffn_gate_inp"),
-    ("layers.{}.block_sparse_moe.input_linear", "blk.{}.ffn_gate_up_exps"),
-    ("layers.{}.block_sparse_moe.output_linear", "blk.{}.ffn_down_exps"),
-];
-const GRANITE_4_ONLY: &[(&str, &str)] = &[
-    ("layers.{}.shared_mlp.input_linear", "blk.{}.ffn_gate_up"),
-    ("layers.{}.shared_mlp.output_linear", "blk.{}.ffn_down"),
-];
-const GRANITE_4_SHARED: &[(&str, &str)] = &[
-    ("layers.{}.shared_mlp.input_linear", "blk.{}.ffn_gate_up_shexp"),
-    ("layers.{}.shared_mlp.output_linear", "blk.{}.ffn_down_shexp"),
-];
-
-const LFM2: &[(&str, &str)] = &[
-    ("embedding_norm", "token_embd_norm"),
-    ("layers.{}.operator_norm", "blk.{}.attn_norm"),
-    ("layers.{}.ffn_norm", "blk.{}.ffn_norm"),
-    ("layers.{}.conv.conv", "blk.{}.shortconv.conv"),
-    ("layers.{}.conv.in_proj", "blk.{}.shortconv.in_proj"),
-    ("layers.{}.conv.out_proj", "blk.{}.shortconv.out_proj"),
-    ("layers.{}.self_attn.out_proj", "blk.{}.attn_output"),
-    ("layers.{}.self_attn.q_layernorm", "blk.{}.attn_q_norm"),
-    ("layers.{}.self_attn.k_layernorm", "blk.{}.attn_k_norm"),
-    ("layers.{}.feed_forward.w1", "blk.{}.ffn_gate"),
-    ("layers.{}.feed_forward.w2", "blk.{}.ffn_down"),
-    ("layers.{}.feed_forward.w3", "blk.{}.ffn_up"),
-];
-
-const LFM2_EXPERTS: &[(&str, &str)] = &[
-    ("layers.{}.feed_forward.gate", "blk.{}.ffn_gate_inp"),
-    ("layers.{}.feed_forward.expert_bias", "blk.{}.exp_probs_b.bias"),
-    ("layers.{}.feed_forward.experts.{}.w1", "blk.{}.ffn_gate_exps"),
-    ("layers.{}.feed_forward.experts.{}.w2", "blk.{}.ffn_down_exps"),
-    ("layers.{}.feed_forward.experts.{}.w3", "blk.{}.ffn_up_exps"),
-];
-
-/// Experts are tensors of their own, or parts of one.
-const QWEN_3_5_EXPERTS: &[(&str, &str)] = &[
-    ("layers.{}.mlp.gate", "blk.{}.ffn_gate_inp"),
-    ("layers.{}.mlp.experts.{}.gate_proj", "blk.{}.ffn_gate_exps"),
-    ("layers.{}.mlp.experts.{}.up_proj", "blk.{}.ffn_up_exps"),
-    ("layers.{}.mlp.experts.{}.down_proj", "blk.{}.ffn_down_exps"),
-    ("layers.{}.mlp.experts.gate_up_proj", "blk.{}.ffn_gate_up_exps.weight"),
-    ("layers.{}.mlp.experts.down_proj", "blk.{}.ffn_down_exps.weight"),
-    ("layers.{}.mlp.shared_expert_gate", "blk.{}.ffn_gate_inp_shexp"),
-    ("layers.{}.mlp.shared_expert.gate_proj", "blk.{}.ffn_gate_shexp"),
-    ("layers.{}.mlp.shared_expert.up_proj", "blk.{}.ffn_up_shexp"),
-    ("layers.{}.mlp.shared_expert.down_proj", "blk.{}.ffn_down_shexp"),
-];
-
-/// Keys of Qwen 3.5's recurrent layers; a mixture also has those of its experts.
-const DELTA_NET: &[Key] = &[
-    ("ssm.conv_kernel", &["linear_conv_kernel_dim"], Kind::U32),
-    ("ssm.state_size", &["linear_key_head_dim"], Kind::U32),
-    ("ssm.group_count", &["linear_num_key_heads"], Kind::U32),
-    ("ssm.time_step_rank", &["linear_num_value_heads"], Kind::U32),
-    ("expert_feed_forward_length", &["moe_intermediate_size"], Kind::U32),
-    ("expert_shared_feed_forward_length", &["shared_expert_intermediate_size"], Kind::U32),
-];
-
-const QWEN_3_5: &[(&str, &str)] = &[
-    ("layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm"),
-    ("layers.{}.linear_attn.in_proj_qkv", "blk.{}.attn_qkv"),
-    ("layers.{}.linear_attn.in_proj_z", "blk.{}.attn_gate"),
-    ("layers.{}.linear_attn.in_proj_b", "blk.{}.ssm_beta"),
-    ("layers.{}.linear_attn.in_proj_a", "blk.{}.ssm_alpha"),
-    ("layers.{}.linear_attn.conv1d", "blk.{}.ssm_conv1d"),
-    ("layers.{}.linear_attn.A_log", "blk.{}.ssm_a"),
-    ("layers.{}.linear_attn.dt_bias", "blk.{}.ssm_dt.bias"),
-    ("layers.{}.linear_attn.norm", "blk.{}.ssm_norm"),
-    ("layers.{}.linear_attn.out_proj", "blk.{}.ssm_out"),
-];
-
-/// Ignored tensors: RoPE frequencies, which are computed.
-const UNUSED: &[&str] = &["*.rotary_emb.inv_freq"];
-
-/// Llama; the families below state their differences from it.
-const LLAMA: Family = Family {
-    model_type: "llama",
-    architecture: "llama",
-    names: &[],
-    keys: &[],
-    only: &[("hidden_act", Only::Text("silu"))],
-    interleaved: true,
-    norm_offset: 0.0,
-    window: Window::All,
-    recurrent: &[],
-    rope_base: None,
-};
-
-const GEMMA: Family = Family {
-    names: POST_NORMS,
-    keys: &[
-        ("attn_logit_softcapping", &["attn_logit_softcapping"], Kind::F32),
-        ("final_logit_softcapping", &["final_logit_softcapping"], Kind::F32),
-    ],
-    only: &[
-        ("hidden_activation", Only::Text("gelu_pytorch_tanh")),
-        ("use_bidirectional_attention", Only::Bool(false)),
-    ],
-    interleaved: false,
-    norm_offset: 1.0,
-    ..LLAMA
-};
-
-const OLMO: Family = Family { architecture: "olmo2", names: POST_NORMS, interleaved: false, ..LLAMA };
-
-const FAMILIES: &[Family] = &[
-    Family {
-        model_type: "cohere2",
-        architecture: "cohere2",
-        keys: &[("logit_scale", &["logit_scale"], Kind::F32)],
-        only: &[
-            ("hidden_act", Only::Text("silu")),
-            ("use_qk_norm", Only::Bool(false)),
-            ("rotary_pct", Only::Number(1.0)),
-        ],
-        // Its published weights already rotate adjacent elements.
-        interleaved: false,
-        window: Window::Period(4),
-        ..LLAMA
-    },
-    Family {
-        model_type: "gemma2",
-        architecture: "gemma2",
-        window: Window::Period(2),
-        rope_base: Some(1e4),
-        ..GEMMA
-    },
-    Family { model_type: "gemma3_text", architecture: "gemma3", window: Window::Period(6), ..GEMMA },
-    Family {
-        model_type: "gemma4_text",
-        architecture: "gemma4",
-        keys: &[
-            ("final_logit_softcapping", &["final_logit_softcapping"], Kind::F32),
-            ("attention.shared_kv_layers", &["num_kv_shared_layers"], Kind::U32),
-            ("attention.key_length_swa", &["head_dim"], Kind::U32),
-            ("attention.value_length_swa", &["head_dim"], Kind::U32),
-            ("rope.dimension_count_swa", &["head_dim"], Kind::U32),
-        ],
-        only: &[
-            ("hidden_activation", Only::Text("gelu_pytorch_tanh")),
-            // Images are not read.
-            ("use_bidirectional_attention", Only::Text("vision")),
-            ("enable_moe_block", Only::Bool(false)),
-        ],
-        norm_offset: 0.0,
-        window: Window::Period(6),
-        ..GEMMA
-    },
-    // Its published weights already rotate adjacent elements.
-    Family { model_type: "glm", architecture: "chatglm", names: GLM, interleaved: false, ..LLAMA },
-    Family { model_type: "glm4", architecture: "glm4", names: GLM_4, interleaved: false, ..LLAMA },
-    Family {
-        model_type: "gpt_oss",
-        architecture: "gpt-oss",
-        names: GPT_OSS,
-        keys: &[("expert_feed_forward_length", &["intermediate_size"], Kind::U32)],
-        only: &[
-            ("hidden_act", Only::Text("silu")),
-            ("swiglu_limit", Only::Number(7.0)),
-            ("attention_bias", Only::Bool(true)),
-        ],
-        interleaved: false,
-        window: Window::Period(2),
-        ..LLAMA
-    },
-    Family {
-        model_type: "granite",
-        architecture: "granite",
-        keys: &[
-            ("attention.scale", &["attention_multiplier"], Kind::F32),
-            ("embedding_scale", &["embedding_multiplier"], Kind::F32),
-            ("residual_scale", &["residual_multiplier"], Kind::F32),
-            ("logit_scale", &["logits_scaling"], Kind::F32),
-        ],
-        ..LLAMA
-    },
-    Family {
-        model_type: "granitemoehybrid",
-        architecture: "granitehybrid",
-        names: GRANITE_4,
-        keys: &[
-            ("attention.scale", &["attention_multiplier"], Kind::F32),
-            ("embedding_scale", &["embedding_multiplier"], Kind::F32),
-            ("residual_scale", &["residual_multiplier"], Kind::F32),
-            ("logit_scale", &["logits_scaling"], Kind::F32),
-            ("ssm.conv_kernel", &["mamba_d_conv"], Kind::U32),
-            ("ssm.state_size", &["mamba_d_state"], Kind::U32),
-            ("ssm.group_count", &["mamba_n_groups"], Kind::U32),
-            ("ssm.time_step_rank", &["mamba_n_heads"], Kind::U32),
-        ],
-        only: &[("hidden_act", Only::Text("silu")), ("mamba_proj_bias", Only::Bool(false))],
-        recurrent: &["mamba", "linear_attention"],
-        rope_base: Some(1e4),
-        ..LLAMA
-    },
-    Family {
-        model_type: "lfm2",
-        architecture: "lfm2",
-        names: LFM2,
-        keys: &[("shortconv.l_cache", &["conv_L_cache"], Kind::U32)],
-        only: &[("conv_bias", Only::Bool(false))],
-        interleaved: false,
-        recurrent: &["conv"],
-        rope_base: Some(1e6),
-        ..LLAMA
-    },
-    Family {
-        model_type: "lfm2_moe",
-        architecture: "lfm2moe",
-        names: LFM2,
-        keys: &[
-            ("shortconv.l_cache", &["conv_L_cache"], Kind::U32),
-            ("leading_dense_block_count", &["num_dense_layers"], Kind::U32),
-            ("expert_feed_forward_length", &["moe_intermediate_size"], Kind::U32),
-            ("expert_weights_norm", &["norm_topk_prob"], Kind::Bool),
-            ("expert_weights_scale", &["routed_scaling_factor"], Kind::F32),
-        ],
-        only: &[("conv_bias", Only::Bool(false))],
-        interleaved: false,
-        recurrent: &["conv"],
-        rope_base: Some(1e6),
-        ..LLAMA
-    },
-    Family { rope_base: Some(1e4), ..LLAMA },
-    Family { model_type: "mistral", rope_base: Some(1e4), ..LLAMA },
-    Family {
-        model_type: "mixtral",
-        names: &[
-            ("layers.{}.block_sparse_moe.gate", "blk.{}.ffn_gate_inp"),
-            ("layers.{}.block_sparse_moe.experts.{}.w1", "blk.{}.ffn_gate_exps"),
-            ("layers.{}.block_sparse_moe.experts.{}.w2", "blk.{}.ffn_down_exps"),
-            ("layers.{}.block_sparse_moe.experts.{}.w3", "blk.{}.ffn_up_exps"),
-        ],
-        ..LLAMA
-    },
-    Family { model_type: "olmo2", ..OLMO },
-    Family { model_type: "olmo3", window: Window::Period(4), ..OLMO },
-    Family {
-        model_type: "phi3",
-        architecture: "phi3",
-        names: &[
-            ("layers.{}.self_attn.qkv_proj", "blk.{}.attn_qkv"),
-            ("layers.{}.mlp.gate_up_proj", "blk.{}.ffn_up"),
-        ],
-        interleaved: false,
-        rope_base: Some(1e4),
-        ..LLAMA
-    },
-    Family { model_type: "qwen2", architecture: "qwen2", interleaved: false, ..LLAMA },
-    Family { model_type: "qwen3", architecture: "qwen3", interleaved: false, ..LLAMA },
-    Family {
-        model_type: "qwen3_5_moe_text",
-        architecture: "qwen35moe",
-        names: QWEN_3_5,
-        keys: DELTA_NET,
-        interleaved: false,
-        norm_offset: 1.0,
-        recurrent: &["linear_attention"],
-        ..LLAMA
-    },
-    Family {
-        model_type: "qwen3_5_text",
-        architecture: "qwen35",
-        names: QWEN_3_5,
-        keys: DELTA_NET,
-        interleaved: false,
-        norm_offset: 1.0,
-        recurrent: &["linear_attention"],
-        ..LLAMA
-    },
-    Family {
-        model_type: "qwen3_moe",
-        architecture: "qwen3moe",
-        names: &[
-            ("layers.{}.mlp.gate", "blk.{}.ffn_gate_inp"),
-            ("layers.{}.mlp.experts.{}.gate_proj", "blk.{}.ffn_gate_exps"),
-            ("layers.{}.mlp.experts.{}.down_proj", "blk.{}.ffn_down_exps"),
-            ("layers.{}.mlp.experts.{}.up_proj", "blk.{}.ffn_up_exps"),
-        ],
-        keys: &[
-            ("expert_feed_forward_length", &["moe_intermediate_size"], Kind::U32),
-            ("expert_weights_norm", &["norm_topk_prob"], Kind::Bool),
-        ],
-        only: &[
-            ("hidden_act", Only::Text("silu")),
-            ("decoder_sparse_step", Only::Number(1.0)),
-            ("mlp_only_layers", Only::Nothing),
-        ],
-        interleaved: false,
-        ..LLAMA
-    },
-    Family {
-        model_type: "smollm3",
-        architecture: "smollm3",
-        only: &[
-            ("hidden_act", Only::Text("silu")),
-            ("no_rope_layer_interval", Only::Number(NOPE_PERIOD as f64)),
-        ],
-        ..LLAMA
-    },
-    Family {
-        model_type: "starcoder2",
-        architecture: "starcoder2",
-        names: &[("layers.{}.mlp.c_fc", "blk.{}.ffn_up"), ("layers.{}.mlp.c_proj", "blk.{}.ffn_down")],
-        only: &[("hidden_act", Only::Text("gelu_pytorch_tanh"))],
-        interleaved: false,
-        ..LLAMA
-    },
-];
-
 /// Models that also see or hear: `model_type` of the whole.
-const SEEING: &[&str] = &["gemma4", "qwen3_5", "qwen3_5_moe"];
+const SEEING: &[&str] =
+    &["gemma3", "gemma3n", "gemma4", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl"];
+
+/// Prefixes of the names of their language model.
+const OF_TEXT: &[&str] = &["model.language_model.", "language_model.model.", "language_model.", "model."];
 
 /// Their tensors besides those of the language model: for images and sounds, and to draft tokens.
 const BESIDE_TEXT: &[&str] = &[
-    "model.audio_tower.*",
-    "model.embed_audio.*",
-    "model.embed_vision.*",
-    "model.vision_tower.*",
-    "model.visual.*",
+    "audio_tower.*",
+    "embed_audio.*",
+    "embed_vision.*",
     "mtp.*",
+    "multi_modal_projector.*",
+    "vision_tower.*",
+    "visual.*",
 ];
-
-/// Period of SmolLM3's layers: the last layer of each period has no RoPE.
-const NOPE_PERIOD: usize = 4;
 
 /// Writes the metadata of a decoder, and returns the mapping of its tensors.
 pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan> {
@@ -490,16 +62,31 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let text = if seeing { outer.object("text_config")? } else { None };
     let config = text.as_ref().unwrap_or(outer);
     let model_type = config.str("model_type")?;
-    let family = FAMILIES.iter().find(|family| family.model_type == model_type);
+    let both_ways = config.get("use_bidirectional_attention").is_some_and(|value| *value == true);
+    let kinds = if model_type == "nemotron_h" { nemotron_layers(config)? } else { Vec::new() };
+    let has_experts = kinds.contains(&Block::Experts);
+    let fits = |family: &&Family| {
+        family.both_ways == both_ways
+            && (kinds.is_empty() || (family.architecture == "nemotron_h_moe") == has_experts)
+    };
+    let mut families = FAMILIES.iter().filter(|family| family.model_type == model_type);
+    let family = families.clone().find(fits).or(families.next());
     let family = family.ok_or_else(|| {
-        let known: Vec<&str> = FAMILIES.iter().map(|family| family.model_type).collect();
-        config.wrong("model_type", &format!("one of bert, {}", known.join(", ")), model_type)
+        let decoders = FAMILIES.iter().map(|family| family.model_type);
+        let mut known: Vec<&str> = encoder::model_types().chain(decoders).collect();
+        known.dedup();
+        config.wrong("model_type", &format!("one of {}", known.join(", ")), model_type)
     })?;
+    let config = &config.with(family.defaults);
     let scheme = if config.get("quantization_config").is_some() { config } else { outer };
     let scheme = Scheme::of(scheme)?;
-    for (key, only) in family.only {
-        if let Some(value) = config.get(key).filter(|value| !only.is(value)) {
-            return Err(config.wrong(key, &only.to_string(), value));
+    options::check(config, family.only)?;
+    // Some embed texts with tokens that also see later ones, which the families of decoders do not.
+    for (key, causal) in [("is_causal", true), ("use_bidirectional_attention", false)] {
+        if let Some(other) = config.bool(key).unwrap_or(None).filter(|other| *other != causal)
+            && !family.both_ways
+        {
+            return Err(config.wrong(key, &causal.to_string(), other));
         }
     }
     let architecture = family.architecture;
@@ -508,52 +95,43 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let name = name.or(folder.file_name().and_then(|name| name.to_str()));
     w.entry("general.name", name.unwrap_or(model_type))?;
     for (required, keys) in [(true, REQUIRED), (false, OPTIONAL), (false, family.keys)] {
+        let own = std::ptr::eq(keys, family.keys);
         for (key, from, kind) in keys {
             let there = from.iter().find(|from| config.get(from).is_some());
             let Some(from) = there.or(from.first().filter(|_| required)) else { continue };
-            match *key {
-                // One value for each layer.
-                "attention.head_count_kv" if !family.recurrent.is_empty() => continue,
-                "expert_count" | "expert_used_count"
-                    if config.optional_u32("num_local_experts")? == Some(0) =>
-                {
-                    continue;
-                }
-                // All layers have experts.
-                "feed_forward_length" if architecture == "qwen35moe" => continue,
-                "feed_forward_length" if architecture == "lfm2" => {
-                    w.entry("lfm2.feed_forward_length", lfm2_hidden(config)?)?;
-                    continue;
-                }
-                // Layers differ in these.
-                "attention.head_count_kv"
-                | "attention.key_length"
-                | "attention.value_length"
-                | "feed_forward_length"
-                    if architecture == "gemma4" =>
-                {
-                    continue;
-                }
-                "feed_forward_length" if architecture == "granitehybrid" => {
-                    granite_4_hidden(config, w)?;
-                    continue;
-                }
-                _ => {}
+            let no_experts =
+                key.starts_with("expert_") && config.optional_u32("num_local_experts")? == Some(0);
+            if no_experts || !own && family.without.contains(key) {
+                continue;
             }
-            let key = format!("{architecture}.{key}");
-            match kind {
-                Kind::U32 => w.entry(&key, config.u32(from)?)?,
-                Kind::F32 => w.entry(&key, config.f64(from)? as f32)?,
-                Kind::Bool => w.entry(&key, config.bool(from)? == Some(true))?,
-            }
+            kind.write(&format!("{architecture}.{key}"), config, from, w)?;
         }
     }
-    let (heads, layers) = (config.u32("num_attention_heads")?, config.u32("num_hidden_layers")?);
-    let head_dim =
-        match config.optional_u32(if architecture == "gemma4" { "global_head_dim" } else { "head_dim" })? {
-            Some(head_dim) => head_dim,
-            None => config.u32("hidden_size")?.checked_div(heads).unwrap_or(0),
-        };
+    for (key, value) in family.fixed {
+        w.entry(&format!("{architecture}.{key}"), *value)?;
+    }
+    match architecture {
+        "granitehybrid" => granite_4_hidden(config, w)?,
+        "lfm2" => w.entry("lfm2.feed_forward_length", lfm2_hidden(config)?)?,
+        _ => {}
+    }
+    let heads = match family.fixed.iter().find(|(key, _)| *key == "attention.head_count") {
+        Some((_, heads)) => *heads,
+        None => config.u32("num_attention_heads")?,
+    };
+    let layers = match kinds.is_empty() {
+        true => config.u32("num_hidden_layers")?,
+        false => kinds.len() as u32,
+    };
+    nemotron_blocks(config, architecture, &kinds, w)?;
+    let head_dim = match config.optional_u32(match architecture {
+        "gemma4" => "global_head_dim",
+        "deepseek2" => "qk_rope_head_dim",
+        _ => "head_dim",
+    })? {
+        Some(head_dim) => head_dim,
+        None => config.u32("hidden_size")?.checked_div(heads).unwrap_or(0),
+    };
     for (key, extent) in [("num_hidden_layers", layers), ("head_dim", head_dim)] {
         if extent > MAX_EXTENT {
             return Err(config.wrong(key, &format!("at most {MAX_EXTENT}"), extent));
@@ -564,6 +142,9 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     }
     window(config, family, layers, w)?;
     recurrent_layers(config, family, layers, w)?;
+    if architecture == "gemma3n" {
+        gemma_3n_layers(config, layers, w)?;
+    }
     if architecture == "gemma4" {
         gemma_4_layers(config, layers, w)?;
     }
@@ -579,9 +160,28 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
             ));
         }
     }
-    let rope = Rope { config, architecture, head_dim, default_base: family.rope_base };
-    let vectors = rope.write(w)?;
-    let mut left_out = vocabulary::write(folder, config, w)?;
+    let rope = Rope { config, architecture, head_dim, default_base: family.rope_base, default_local: None };
+    let vectors = if family.has_rope { rope.write(w)? } else { Vec::new() };
+    sections(config, architecture, w)?;
+    if model_type == "ministral3"
+        && let Some(rope) = config.object("rope_parameters")?
+        && let Some(scale) = rope.optional_f64("llama_4_scaling_beta")?
+    {
+        w.entry("mistral3.attention.temperature_scale", scale as f32)?;
+    }
+    let reranker = Reranker::of(folder, config)?;
+    let embeds = reranker.is_none() && sentence::is_there(folder);
+    let task = if embeds { Task::Embed } else { Task::Generate };
+    let mut left_out = vocabulary::write(folder, config, task, w)?;
+    let mut beside = Vec::new();
+    if embeds {
+        let dense: &[&str] = if family.both_ways { &["dense_2", "dense_3"] } else { &[] };
+        let positions = config.u32("max_position_embeddings")?;
+        let sentence = Sentence { architecture, positions, dense, word_pieces: false };
+        let found = sentence.write(folder, w)?;
+        left_out.extend(found.left_out);
+        beside = found.beside;
+    }
     if architecture == "gpt-oss" {
         left_out.push(
             "YaRN begins and ends at whole pairs, although the folder's `truncate` may say otherwise"
@@ -589,51 +189,161 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         );
     }
 
-    let (mut unused, mut required) = (UNUSED.to_vec(), Vec::new());
+    let owned = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<String>>();
+    let least = config.optional_f64("time_step_min")?.unwrap_or(0.0);
+    if !kinds.is_empty() && least > LEAST_STEP {
+        left_out
+            .push(format!("key `time_step_min` is left out: steps of Mamba's layers may be below {least}"));
+    }
+    let (mut unused, mut required) = (owned(UNUSED), Vec::new());
+    unused.extend(owned(family.unused));
+    let output = format!("{}.weight", family.output);
     if seeing {
-        unused.extend(BESIDE_TEXT);
+        unused.extend(owned(BESIDE_TEXT));
         left_out.push("what the model has besides its language model is left out".to_owned());
     }
-    let tied = match config.bool("tie_word_embeddings")? {
-        Some(tied) => Some(tied),
-        None => outer.bool("tie_word_embeddings")?,
+    let tied = match (config.bool("tie_word_embeddings")?, outer.bool("tie_word_embeddings")?) {
+        // Versions of the library differ in which of them counts, so the folder's matrix does.
+        (Some(inner), Some(outer)) if inner != outer => None,
+        (inner, outer) => inner.or(outer),
     };
     match tied {
+        // Vectors and scores of a matrix of its own need no output matrix.
+        _ if embeds || matches!(reranker, Some(Reranker::Scores)) => unused.push(output),
         // Some folders also store the tied output matrix.
-        Some(true) => unused.push("lm_head.weight"),
-        Some(false) => required.push("lm_head.weight"),
+        Some(true) => unused.push(output),
+        Some(false) => required.push(output),
         None => {}
     }
-    let kv_heads = config.optional_u32("num_key_value_heads")?.unwrap_or(heads);
-    let matrices = if architecture == "granitehybrid" { scan(config, w)? } else { Vec::new() };
-    let mut names = vec![family.names, NAMES];
-    match architecture {
-        "gemma4" => names.push(GEMMA_4),
-        "lfm2moe" => names.push(LFM2_EXPERTS),
-        "qwen35moe" => names.push(QWEN_3_5_EXPERTS),
-        _ => {}
+    // Layers behind the others draft tokens.
+    let drafting = config.optional_u32("num_nextn_predict_layers")?.unwrap_or(0).min(MAX_DRAFTING);
+    for layer in layers..layers.saturating_add(drafting) {
+        unused.push(format!("layers.{layer}.*"));
     }
+    if drafting > 0 {
+        left_out.push("layers that draft tokens are left out".to_owned());
+    }
+    if let Some(last) = config.get("moe_layer_end_index").filter(|last| last.as_i64() != Some(-1))
+        && last.as_u64() != Some(u64::from(layers).saturating_sub(1))
+    {
+        return Err(config.wrong("moe_layer_end_index", "the last layer", last));
+    }
+    let kv_heads = config.optional_u32("num_key_value_heads")?.unwrap_or(heads);
+    let matrices = scan(config, architecture, w)?;
+    let mut names = family.names.to_vec();
+    names.push(NAMES);
     if architecture == "granitehybrid" {
         let has_experts = config.optional_u32("num_local_experts")?.is_some_and(|count| count > 0);
         names.push(if has_experts { GRANITE_4_SHARED } else { GRANITE_4_ONLY });
     }
-    let has_delta_net = matches!(architecture, "qwen35" | "qwen35moe");
-    let by_value_head = if has_delta_net { value_heads(config, architecture, w)? } else { Vec::new() };
+    let mut taken = Vec::new();
+    if architecture == "deepseek2" {
+        taken.extend(latent(config, w)?);
+    }
+    match &reranker {
+        Some(Reranker::Tokens(ids)) => {
+            w.entry(&format!("{architecture}.pooling_type"), 4u32)?;
+            let labels = LABELS.map(str::to_owned);
+            w.entry(&format!("{architecture}.classifier.output_labels"), &labels[..])?;
+            let of = if tied == Some(true) { "token_embd.weight" } else { "cls.output.weight" };
+            names.insert(0, HEAD);
+            taken.push(("cls.output.weight", of, Rows::Of(ids.clone())));
+        }
+        Some(Reranker::Scores) => {
+            encoder::classification_head(config, architecture, w)?;
+            names.insert(0, HEAD);
+        }
+        None => {}
+    }
+    if reranker.is_some() {
+        w.entry("tokenizer.chat_templates", &["rerank".to_owned()][..])?;
+        w.entry(rank::TEMPLATE, RERANK)?;
+    }
+    let has_delta_net = matches!(architecture, "qwen35" | "qwen35moe" | "qwen3next");
+    let padded = match architecture {
+        // Only tokens of texts have inputs of their own in each layer.
+        "gemma3n" => Some(("per_layer_token_embd.weight", config.u32("vocab_size")?.into())),
+        _ => None,
+    };
+    let fused = [(".attn_qkv", Axis::Rows, ValueHeads::interleaved(heads, 3, head_dim))];
+    if architecture == "qwen3next" {
+        taken.extend(neighbours(config)?);
+    }
+    let by_value_head = if architecture == "gptneox" {
+        fused.to_vec()
+    } else if has_delta_net {
+        value_heads(config, architecture, w)?
+    } else {
+        Vec::new()
+    };
     let interleaved = vec![(".attn_q", heads as usize), (".attn_k", kv_heads as usize)];
     Ok(Plan {
         scheme,
         takes_turns: architecture == "gpt-oss",
-        prefix: if seeing { "model.language_model." } else { "model." },
+        prefixes: if seeing { OF_TEXT } else { family.prefixes },
         names,
         unused,
         required,
         interleaved: if family.interleaved { interleaved } else { Vec::new() },
         by_value_head,
         matrices,
+        taken,
+        beside,
+        factors: if architecture == "falcon-h1" { falcon_factors(config)? } else { Vec::new() },
+        padded,
         norm_offset: family.norm_offset,
         vectors,
         left_out,
     })
+}
+
+/// How Qwen3-Reranker scores a pair of texts.
+enum Reranker {
+    /// By the rows of two tokens in the output matrix.
+    Tokens(Vec<usize>),
+    /// By a matrix of its own.
+    Scores,
+}
+
+/// Qwen3-Reranker's answers, which are the labels of its scores, and the prompt that it was trained with.
+const LABELS: [&str; 2] = ["yes", "no"];
+const RERANK: &str = "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the \
+Instruct provided. Note that the answer can only be \"yes\" or \"no\".<|im_end|>\n<|im_start|>user\n<Instruct>: Given a web \
+search query, retrieve relevant passages that answer the query\n<Query>: {query}\n<Document>: {document}<|im_end|>\n\
+<|im_start|>assistant\n<think>\n\n</think>\n\n";
+
+/// Names of what gives its scores. They come before those of other models.
+const HEAD: Names = &[("lm_head", "cls.output"), ("score", "cls.output")];
+
+impl Reranker {
+    /// Its configuration is that of a model that generates, so only its name tells.
+    fn of(folder: &Path, config: &Json) -> Result<Option<Reranker>> {
+        let scores = encoder::has_classification_head(config);
+        let is_qwen = config.get("model_type").is_some_and(|kind| kind == "qwen3");
+        let names = [
+            folder.file_name().and_then(|name| name.to_str()),
+            config.get("_name_or_path").and_then(Value::as_str),
+        ];
+        let mut is_named =
+            names.into_iter().flatten().any(|name| name.to_lowercase().contains("qwen3-reranker"));
+        if is_qwen && !is_named && has(folder, README) {
+            let text = read_text(folder, README)?.to_lowercase();
+            is_named = text.contains("# qwen3-reranker");
+        }
+        match (is_qwen && is_named, scores) {
+            (true, true) => Ok(Some(Reranker::Scores)),
+            (true, false) => {
+                let ids = LABELS.map(|label| vocabulary::id_of(folder, label));
+                let ids: Result<Vec<u32>> = ids.into_iter().collect();
+                Ok(Some(Reranker::Tokens(ids?.into_iter().map(|id| id as usize).collect())))
+            }
+            (false, true) => {
+                let got = "one that scores texts in a way of its own";
+                Err(config.wrong("architectures", "a model that generates, or Qwen3-Reranker", got))
+            }
+            (false, false) => Ok(None),
+        }
+    }
 }
 
 /// Returns the hidden elements of LFM2's feed-forward block, which its options may adjust.
@@ -668,7 +378,7 @@ fn recurrent_layers(config: &Json, family: &Family, layers: u32, w: &mut Writer)
     let list = list.ok_or_else(|| config.wrong("layer_types", &expected, types))?;
     let kv_heads = config.u32("num_key_value_heads")?;
     let architecture = family.architecture;
-    if matches!(architecture, "qwen35" | "qwen35moe") {
+    if matches!(architecture, "qwen35" | "qwen35moe" | "qwen3next") {
         w.entry(&format!("{architecture}.attention.head_count_kv"), kv_heads)?;
         return w.entry(&format!("{architecture}.attention.recurrent_layers"), &list[..]);
     }
@@ -719,19 +429,154 @@ fn granite_4_hidden(config: &Json, w: &mut Writer) -> Result<()> {
     w.entry("granitehybrid.feed_forward_length", config.u32("intermediate_size")?)
 }
 
-/// Writes what Mamba 2's layers have in all and whether attention has positions, and returns the vectors that
-/// are matrices in files.
-fn scan(config: &Json, w: &mut Writer) -> Result<Vec<(&'static str, u64)>> {
-    let inner = config.u32("mamba_expand")?.saturating_mul(config.u32("hidden_size")?);
-    w.entry("granitehybrid.ssm.inner_size", inner)?;
-    let positions = match config.get("position_embedding_type").and_then(Value::as_str) {
-        Some("rope") => true,
-        Some("nope") | None => false,
-        Some(other) => return Err(config.wrong("position_embedding_type", "rope or nope", other)),
+/// Writes what Mamba 2's layers have in all, and in Granite 4 whether attention has positions, and returns the vectors that are
+/// matrices in files.
+fn scan(config: &Json, architecture: &str, w: &mut Writer) -> Result<Vec<(&'static str, u64)>> {
+    let product = |a: &str, b: &str| Ok(config.u32(a)?.saturating_mul(config.u32(b)?));
+    let (inner, groups) = match architecture {
+        "falcon-h1" => (config.u32("mamba_d_ssm")?, "mamba_n_groups"),
+        "granitehybrid" => (product("mamba_expand", "hidden_size")?, "mamba_n_groups"),
+        "mamba2" => (product("expand", "hidden_size")?, "n_groups"),
+        "nemotron_h" | "nemotron_h_moe" => (product("mamba_num_heads", "mamba_head_dim")?, "n_groups"),
+        _ => return Ok(Vec::new()),
     };
-    w.entry("granitehybrid.rope.scaling.finetuned", positions)?;
-    let group = inner.checked_div(config.u32("mamba_n_groups")?).unwrap_or(0);
+    w.entry(&format!("{architecture}.ssm.inner_size"), inner)?;
+    if let Some(limits) = config.get("time_step_limit") {
+        let limits = limits.as_array().map_or(&[][..], |limits| &limits[..]);
+        // Without an end: JSON has no infinity.
+        let is_all = |limit: &Value| limit.as_f64().is_none_or(|limit| limit == 0.0);
+        if !limits.iter().all(is_all) {
+            return Err(config.missing("time_step_limit", "0 and no end"));
+        }
+    }
+    if architecture == "granitehybrid" {
+        let positions = match config.get("position_embedding_type").and_then(Value::as_str) {
+            Some("rope") => true,
+            Some("nope") | None => false,
+            Some(other) => return Err(config.wrong("position_embedding_type", "rope or nope", other)),
+        };
+        w.entry("granitehybrid.rope.scaling.finetuned", positions)?;
+    }
+    let group = inner.checked_div(config.u32(groups)?).unwrap_or(0);
     Ok(vec![(".ssm_a", 1), (".ssm_d", 1), (".ssm_norm", group.into())])
+}
+
+/// The block of a layer of Nemotron-H.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Block {
+    Scan,
+    Attention,
+    FeedForward,
+    Experts,
+}
+
+/// Returns the kinds of Nemotron-H's layers, which a text or a list has.
+fn nemotron_layers(config: &Json) -> Result<Vec<Block>> {
+    let block = |kind: &str| match kind {
+        "M" | "mamba" | "linear_attention" => Some(Block::Scan),
+        "*" | "attention" | "full_attention" => Some(Block::Attention),
+        "-" | "mlp" => Some(Block::FeedForward),
+        "E" | "moe" => Some(Block::Experts),
+        _ => None,
+    };
+    let key = if config.get("layers_block_type").is_some() {
+        "layers_block_type"
+    } else {
+        "hybrid_override_pattern"
+    };
+    let kinds: Option<Vec<Block>> = match config.get(key) {
+        Some(Value::Array(list)) => list.iter().map(|kind| block(kind.as_str()?)).collect(),
+        Some(Value::String(text)) => text.chars().map(|kind| block(kind.encode_utf8(&mut [0; 4]))).collect(),
+        _ => None,
+    };
+    let kinds = kinds.filter(|kinds| !kinds.is_empty() && kinds.len() <= MAX_EXTENT as usize);
+    let kinds = kinds.ok_or_else(|| config.missing(key, "mamba, attention, mlp or moe for each layer"))?;
+    match kinds.contains(&Block::FeedForward) && kinds.contains(&Block::Experts) {
+        true => Err(config.wrong(key, "mlp or moe", "both")),
+        false => Ok(kinds),
+    }
+}
+
+/// Writes what each of Nemotron-H's layers has.
+fn nemotron_blocks(config: &Json, architecture: &str, kinds: &[Block], w: &mut Writer) -> Result<()> {
+    if kinds.is_empty() {
+        return Ok(());
+    }
+    let of =
+        |kind, value| kinds.iter().map(|other| if *other == kind { value } else { 0 }).collect::<Vec<u32>>();
+    w.entry(&format!("{architecture}.block_count"), kinds.len() as u32)?;
+    let heads = of(Block::Attention, config.u32("num_key_value_heads")?);
+    w.entry(&format!("{architecture}.attention.head_count_kv"), &heads[..])?;
+    let hidden = match kinds.contains(&Block::Experts) {
+        true => of(Block::Experts, config.u32("moe_intermediate_size")?),
+        false => of(Block::FeedForward, config.u32("intermediate_size")?),
+    };
+    w.entry(&format!("{architecture}.feed_forward_length"), &hidden[..])
+}
+
+/// Writes the hidden elements of Gemma 3n's layers, and checks which gates are sparse: files do not say so.
+fn gemma_3n_layers(config: &Json, layers: u32, w: &mut Writer) -> Result<()> {
+    let hidden = config.get("intermediate_size");
+    let list = match hidden.and_then(Value::as_array) {
+        Some(list) => {
+            list.iter().map(|hidden| hidden.as_u64().and_then(|hidden| hidden.try_into().ok())).collect()
+        }
+        None => Some(vec![config.u32("intermediate_size")?; layers as usize]),
+    };
+    let list: Option<Vec<u32>> = list.filter(|list: &Vec<u32>| list.len() == layers as usize);
+    let list = list.ok_or_else(|| config.missing("intermediate_size", "a number for each layer"))?;
+    w.entry("gemma3n.feed_forward_length", &list[..])?;
+    let sparse = |(layer, share): (usize, &Value)| {
+        share.as_f64() == Some(if layer < SPARSE_LAYERS { SPARSE_SHARE } else { 0.0 })
+    };
+    let shares = config.get("activation_sparsity_pattern").and_then(Value::as_array);
+    match shares.filter(|shares| shares.len() == layers as usize && shares.iter().enumerate().all(sparse)) {
+        Some(_) => Ok(()),
+        None => {
+            let expected =
+                format!("{SPARSE_SHARE} for the first {SPARSE_LAYERS} layers, and 0 for the others");
+            Err(config.missing("activation_sparsity_pattern", &expected))
+        }
+    }
+}
+
+/// Returns the factors that Falcon-H1 has on results of its matrices, by rows: the end of each part and its factor.
+fn falcon_factors(config: &Json) -> Result<Factors> {
+    let one = |key: &str| Ok(config.optional_f64(key)?.unwrap_or(1.0) as f32);
+    let list = |key: &str, count: usize| {
+        let list = config.optional_f32s(key)?.unwrap_or_else(|| vec![1.0; count]);
+        if list.len() == count { Ok(list) } else { Err(config.missing(key, &format!("{count} numbers"))) }
+    };
+    let (attention, scan) = (one("attention_in_multiplier")?, one("ssm_in_multiplier")?);
+    let (mlp, parts) = (list("mlp_multipliers", 2)?, list("ssm_multipliers", 5)?);
+    let inner = config.u32("mamba_d_ssm")? as usize;
+    let states = config.u32("mamba_n_groups")?.saturating_mul(config.u32("mamba_d_state")?) as usize;
+    let (mut end, mut of_scan) = (0usize, Vec::new());
+    for (length, part) in [inner, inner, states, states, usize::MAX].into_iter().zip(parts) {
+        end = end.saturating_add(length);
+        of_scan.push((end, scan * part));
+    }
+    let (embedding, output) = (one("embedding_multiplier")?, one("lm_head_multiplier")?);
+    if config.bool("tie_word_embeddings")? == Some(true) && embedding != output {
+        return Err(config.wrong(
+            "tie_word_embeddings",
+            "false, because both have factors of their own",
+            true,
+        ));
+    }
+    let all = |factor| vec![(usize::MAX, factor)];
+    Ok(vec![
+        ("token_embd", all(embedding)),
+        ("output", all(output)),
+        (".attn_q", all(attention)),
+        (".attn_k", all(attention * one("key_multiplier")?)),
+        (".attn_v", all(attention)),
+        (".attn_output", all(one("attention_out_multiplier")?)),
+        (".ssm_in", of_scan),
+        (".ssm_out", all(one("ssm_out_multiplier")?)),
+        (".ffn_gate", all(mlp[0])),
+        (".ffn_down", all(mlp[1])),
+    ])
 }
 
 /// Writes what Qwen 3.5's recurrent layers have in all, and returns the weights whose rows or columns follow
@@ -755,11 +600,9 @@ fn value_heads(
         &format!("{architecture}.ssm.inner_size"),
         values.saturating_mul(value).min(u32::MAX as usize) as u32,
     )?;
-    if let Some(rope) = config.object("rope_parameters")?
-        && let Some(sections) = rope.optional_f32s("mrope_section")?
-    {
-        let sections: Vec<u32> = sections.iter().map(|&pairs| pairs as u32).chain([0]).collect();
-        w.entry(&format!("{architecture}.rope.dimension_sections"), &sections[..])?;
+    if architecture == "qwen3next" {
+        // Its files keep heads that share a key side by side.
+        return Ok(Vec::new());
     }
     let heads = |start, length| ValueHeads { start, keys, shared: values / keys, length };
     let (rows, single) = (heads(0, value), heads(0, 1));
@@ -773,6 +616,75 @@ fn value_heads(
         (".ssm_alpha", Axis::Rows, single),
         (".ssm_a", Axis::Rows, single),
         (".ssm_dt", Axis::Rows, single),
+    ])
+}
+
+/// Writes the sections of rotated pairs that images use.
+fn sections(config: &Json, architecture: &str, w: &mut Writer) -> Result<()> {
+    if !matches!(architecture, "qwen2vl" | "qwen35" | "qwen35moe" | "qwen3vl") {
+        return Ok(());
+    }
+    for key in ["rope_parameters", "rope_scaling"] {
+        if let Some(rope) = config.object(key)?
+            && let Some(sections) = rope.optional_f32s("mrope_section")?
+        {
+            let sections: Vec<u32> = sections.iter().map(|&pairs| pairs as u32).chain([0]).collect();
+            return w.entry(&format!("{architecture}.rope.dimension_sections"), &sections[..]);
+        }
+    }
+    Ok(())
+}
+
+/// Returns the parts of Qwen3-Next's first matrix, which has for each head of keys its query and key, and the values and gates that
+/// share them.
+fn neighbours(config: &Json) -> Result<[(&'static str, &'static str, Rows); 2]> {
+    let [keys, values, key, value] =
+        ["linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"]
+            .map(|name| config.u32(name).map(|extent| extent.min(MAX_EXTENT) as usize));
+    let (key, shared) = (key?, values?.checked_div(keys?).unwrap_or(0).saturating_mul(value?));
+    let values = (2 * key).saturating_add(shared);
+    let ends = [key, 2 * key, values, values.saturating_add(shared)];
+    let rows = |parts| Rows::Heads { length: ends[3], parts, shape: Shape::Matrix };
+    Ok([
+        (
+            "blk.{}.attn_qkv.weight",
+            "blk.{}.attn_qkvz.weight",
+            rows(vec![0..ends[0], ends[0]..ends[1], ends[1]..ends[2]]),
+        ),
+        (
+            "blk.{}.attn_gate.weight",
+            "blk.{}.attn_qkvz.weight",
+            rows(std::iter::once(ends[2]..ends[3]).collect()),
+        ),
+    ])
+}
+
+/// Writes DeepSeek's latent attention, and returns what becomes of its matrix of keys and values: files have the keys of each head
+/// transposed, because queries are multiplied with them.
+fn latent(config: &Json, w: &mut Writer) -> Result<[(&'static str, &'static str, Rows); 2]> {
+    let extent = |name: &str| match config.u32(name)? {
+        value @ 1..=MAX_EXTENT => Ok(value),
+        value => Err(config.wrong(name, &format!("1 to {MAX_EXTENT}"), value)),
+    };
+    let (rank, turned) = (extent("kv_lora_rank")?, extent("qk_rope_head_dim")?);
+    let (plain, value) = (extent("qk_nope_head_dim")?, extent("v_head_dim")?);
+    if let Some(rank) = config.optional_u32("q_lora_rank")? {
+        w.entry("deepseek2.attention.q_lora_rank", rank)?;
+    }
+    for (key, value) in [
+        ("kv_lora_rank", rank),
+        ("key_length", rank + turned),
+        ("value_length", rank),
+        ("key_length_mla", plain + turned),
+        ("value_length_mla", value),
+    ] {
+        w.entry(&format!("deepseek2.attention.{key}"), value)?;
+    }
+    let (plain, value) = (plain as usize, value as usize);
+    let part = |part, shape| Rows::Heads { length: plain + value, parts: vec![part], shape };
+    Ok([
+        ("blk.{}.attn_k_b.weight", "blk.{}.attn_kv_b.weight", part(0..plain, Shape::Transposed)),
+        ("blk.{}.attn_v_b.weight", "blk.{}.attn_kv_b.weight", part(plain..plain + value, Shape::Heads)),
     ])
 }
 
@@ -821,26 +733,4 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
         }
     }
     w.entry(&format!("{}.attention.sliding_window", family.architecture), length)
-}
-
-impl Only {
-    fn is(self, value: &Value) -> bool {
-        match self {
-            Only::Text(only) => value == only,
-            Only::Bool(only) => *value == only,
-            Only::Number(only) => value.as_f64() == Some(only),
-            Only::Nothing => value.as_array().is_some_and(Vec::is_empty),
-        }
-    }
-}
-
-impl std::fmt::Display for Only {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Only::Text(only) => f.write_str(only),
-            Only::Bool(only) => only.fmt(f),
-            Only::Number(only) => only.fmt(f),
-            Only::Nothing => f.write_str("an empty list"),
-        }
-    }
 }

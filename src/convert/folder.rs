@@ -82,13 +82,27 @@ impl Json {
         if text.bytes().map(weight).sum::<usize>() > MAX_JSON_WEIGHT {
             return Err(wrong(&"it has too many values"));
         }
-        let value = serde_json::from_str(&text).map_err(|e| wrong(&e))?;
+        let value = serde_json::from_str(&without_infinities(text)).map_err(|e| wrong(&e))?;
         Ok(Json { path, value })
     }
 
     /// What a file of the folder says in another form.
     pub(super) fn made(folder: &Path, name: &str, value: Value) -> Json {
         Json { path: folder.join(name), value }
+    }
+
+    /// The same with values of keys that it lacks, as JSON has them.
+    pub(super) fn with(&self, defaults: &[(&str, &str)]) -> Json {
+        let mut value = self.value.clone();
+        for (key, text) in defaults {
+            let lacks = value.get(key).is_none_or(Value::is_null);
+            if let (true, Some(object), Ok(default)) =
+                (lacks, value.as_object_mut(), serde_json::from_str(text))
+            {
+                object.insert((*key).to_owned(), default);
+            }
+        }
+        Json { path: self.path.clone(), value }
     }
 
     /// Opens an optional JSON file. A missing file has no keys.
@@ -165,19 +179,49 @@ impl Json {
     }
 }
 
+/// Python writes numbers that JSON lacks. They become null.
+fn without_infinities(text: String) -> String {
+    const LACKING: [&str; 3] = ["-Infinity", "Infinity", "NaN"];
+    if !LACKING.iter().any(|number| text.contains(number)) {
+        return text;
+    }
+    let (mut out, mut rest) = (String::with_capacity(text.len()), text.as_str());
+    let (mut in_text, mut escaped) = (false, false);
+    while let Some(c) = rest.chars().next() {
+        if let Some(number) = LACKING.iter().find(|number| !in_text && rest.starts_with(**number)) {
+            out.push_str("null");
+            rest = &rest[number.len()..];
+            continue;
+        }
+        in_text ^= c == '"' && !escaped;
+        escaped = c == '\\' && !escaped;
+        out.push(c);
+        rest = &rest[c.len_utf8()..];
+    }
+    out
+}
+
 /// The mapped files of a folder's weights.
 pub(super) struct Files {
     files: Vec<(PathBuf, Arc<Source>)>,
+    /// Other files, and what stands before their names.
+    beside: Vec<(PathBuf, Arc<Source>, String)>,
     /// The file of each tensor according to the index, if there is one.
     index: Option<BTreeMap<String, usize>>,
 }
 
 impl Files {
-    pub(super) fn open(folder: &Path) -> Result<Files> {
+    /// Opens the folder's weights, and other files with a text before the names of their tensors.
+    pub(super) fn open(folder: &Path, others: &[(String, String)]) -> Result<Files> {
         let open =
             |name: &str| -> Result<_> { Ok((folder.join(name), Source::open(&inside(folder, name)?)?)) };
+        let mut beside = Vec::new();
+        for (name, prefix) in others {
+            let (path, source) = open(name)?;
+            beside.push((path, source, prefix.clone()));
+        }
         if has(folder, SINGLE) || !has(folder, INDEX) {
-            return Ok(Files { files: vec![open(SINGLE)?], index: None });
+            return Ok(Files { files: vec![open(SINGLE)?], beside, index: None });
         }
         let json = Json::open(folder, INDEX)?;
         let map = json.value.get("weight_map").and_then(Value::as_object);
@@ -196,29 +240,29 @@ impl Files {
             };
             index.insert(tensor.clone(), place);
         }
-        Ok(Files { files, index: Some(index) })
+        Ok(Files { files, beside, index: Some(index) })
     }
 
     /// Returns all tensors by name.
     pub(super) fn tensors(&self) -> Result<BTreeMap<String, TensorView<'_>>> {
         let mut all = BTreeMap::new();
         for (place, (path, source)) in self.files.iter().enumerate() {
-            let wrong = |message: String| Error::Model(escaped(&format!("{}: {message}", path.display())));
-            let header = source.bytes().first_chunk().map_or(0, |len| u64::from_le_bytes(*len));
-            if header > MAX_HEADER_BYTES {
-                return Err(wrong(format!(
-                    "expected at most {MAX_HEADER_BYTES} bytes of header, got {header}"
-                )));
-            }
-            let tensors = SafeTensors::deserialize(source.bytes()).map_err(|e| wrong(e.to_string()))?;
-            for (name, view) in tensors.iter() {
+            for (name, view) in views(path, source)? {
                 if let Some(index) = &self.index
-                    && index.get(name) != Some(&place)
+                    && index.get(&name) != Some(&place)
                 {
                     let name = printable(name.as_bytes());
-                    return Err(wrong(format!("{INDEX} lists tensor `{name}` in another file")));
+                    return Err(wrong(path, &format!("{INDEX} lists tensor `{name}` in another file")));
                 }
-                all.insert(name.to_owned(), view);
+                all.insert(name, view);
+            }
+        }
+        for (path, source, prefix) in &self.beside {
+            for (name, view) in views(path, source)? {
+                if all.insert(format!("{prefix}{name}"), view).is_some() {
+                    let name = printable(name.as_bytes());
+                    return Err(wrong(path, &format!("tensor `{name}` is also in another file")));
+                }
             }
         }
         let mut names = self.index.iter().flat_map(BTreeMap::keys);
@@ -232,8 +276,23 @@ impl Files {
     }
 }
 
+fn wrong(path: &Path, message: &str) -> Error {
+    Error::Model(escaped(&format!("{}: {message}", path.display())))
+}
+
+/// Returns the tensors of a file.
+fn views<'s>(path: &Path, source: &'s Source) -> Result<Vec<(String, TensorView<'s>)>> {
+    let header = source.bytes().first_chunk().map_or(0, |len| u64::from_le_bytes(*len));
+    if header > MAX_HEADER_BYTES {
+        let message = format!("expected at most {MAX_HEADER_BYTES} bytes of header, got {header}");
+        return Err(wrong(path, &message));
+    }
+    let tensors = SafeTensors::deserialize(source.bytes()).map_err(|e| wrong(path, &e.to_string()))?;
+    Ok(tensors.tensors())
+}
+
 /// Whether a name refers to a file directly in the folder.
-fn is_plain(name: &str) -> bool {
+pub(super) fn is_plain(name: &str) -> bool {
     let mut parts = Path::new(name).components();
     matches!((parts.next(), parts.next()), (Some(std::path::Component::Normal(part)), None) if part == name)
         && !name.contains(['/', '\\', '\0'])

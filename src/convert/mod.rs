@@ -1,20 +1,25 @@
 //! Converts Hugging Face model folders to GGUF: config.json, safetensors and a vocabulary become one file,
 //! with the names of llama.cpp's converter.
 //!
-//! Tables have each family's names of weights, options and vocabulary (`decoder.rs`, `bert.rs`); everything
+//! Tables have each family's names of weights and options (`decoder.rs`, `encoder.rs`); everything
 //! else is shared. Before anything is written, the result's header is opened as a model: a folder that lacks
 //! a weight or has a wrong shape is an error.
 
-mod bert;
 mod decoder;
+mod encoder;
+mod families;
 mod folder;
+mod options;
 mod part;
 mod pieces;
 mod rope;
+mod sentence;
 mod vocabulary;
+mod wordpiece;
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
+use std::ops::Range;
 use std::path::Path;
 
 use halite_kernels::float::DefaultFloats;
@@ -26,6 +31,7 @@ use crate::gguf::{Gguf, printable};
 use crate::map::Source;
 use crate::model::{Model, ProgramOptions};
 use crate::tokenizer::Tokenizer;
+use families::Names;
 use folder::{Files, Json};
 use part::{Part, Scheme};
 
@@ -40,6 +46,8 @@ const PLAIN: &[&str] = &[
     ".ffn_gate_inp.weight",
     ".ssm_a",
     ".ssm_d",
+    ".attn_q_norm.weight",
+    ".attn_k_norm.weight",
     ".ssm_norm.weight",
     ".ssm_conv1d.weight",
     ".shortconv.conv.weight",
@@ -54,15 +62,15 @@ const CHECKED_POSITIONS: u32 = 256;
 struct Plan {
     /// How weights are quantised.
     scheme: Scheme,
-    /// Optional prefixes of names, to remove.
-    prefix: &'static str,
+    /// Prefixes of names to remove, at most one from each.
+    prefixes: &'static [&'static str],
     /// Names in the folder and in GGUF files, both without `.weight` and `.bias` or both whole; the first `{}`
-    /// is a layer, the second an expert.
-    names: Vec<&'static [(&'static str, &'static str)]>,
+    /// is a layer, if both have one, and the next an expert.
+    names: Vec<Names>,
     /// Names to ignore; a star at one end matches anything.
-    unused: Vec<&'static str>,
+    unused: Vec<String>,
     /// Required names, without which the model could still be opened.
-    required: Vec<&'static str>,
+    required: Vec<String>,
     /// Names in GGUF files whose rows are reordered, with the number of heads.
     interleaved: Vec<(&'static str, usize)>,
     /// Whether rows of the gate and of up take turns, in tensors that stand for both.
@@ -71,12 +79,44 @@ struct Plan {
     by_value_head: Vec<(&'static str, Axis, ValueHeads)>,
     /// Names in GGUF files of vectors that are matrices there, with their columns.
     matrices: Vec<(&'static str, u64)>,
+    /// Names in GGUF files of tensors that are some rows of others, and the names of these. Those of layers are left out.
+    taken: Vec<(&'static str, &'static str, Rows)>,
+    /// Other files of weights, and what stands before their names.
+    beside: Vec<(String, String)>,
+    /// Names in GGUF files without `.weight` of matrices that are multiplied by factors.
+    factors: Factors,
+    /// The name in GGUF files of a table that gets rows of zeros up to a number of rows.
+    padded: Option<(&'static str, u64)>,
     /// Added to the weights of norms.
     norm_offset: f32,
     /// Vectors that no file of the folder has.
     vectors: Vec<(&'static str, Vec<f32>)>,
     /// Warnings: settings of the folder that the file lacks.
     left_out: Vec<String>,
+}
+
+/// Names of matrices with their factors: the end of some rows, and what these are multiplied by.
+type Factors = Vec<(&'static str, Vec<(usize, f32)>)>;
+
+/// Rows of a matrix.
+enum Rows {
+    /// All but the first ones.
+    From(usize),
+    /// These, in order.
+    Of(Vec<usize>),
+    /// Parts of the rows of each head, which has so many in all: of all heads the first part, then the next.
+    Heads { length: usize, parts: Vec<Range<usize>>, shape: Shape },
+}
+
+/// What becomes of parts of heads.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shape {
+    /// A matrix.
+    Matrix,
+    /// A matrix for each head.
+    Heads,
+    /// The same, transposed.
+    Transposed,
 }
 
 /// A part of names that stands for two tensors: the first half of a matrix's rows is the gate's, the second up's, or rows take turns.
@@ -102,6 +142,11 @@ struct ValueHeads {
 }
 
 impl ValueHeads {
+    /// Parts of each head side by side, such as its query, key and value.
+    fn interleaved(heads: u32, parts: usize, length: u32) -> ValueHeads {
+        ValueHeads { start: 0, keys: heads as usize, shared: parts, length: length as usize }
+    }
+
     fn len(&self) -> usize {
         self.start.saturating_add(self.keys.saturating_mul(self.shared).saturating_mul(self.length))
     }
@@ -116,13 +161,17 @@ impl ValueHeads {
 }
 
 /// A tensor to write.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Target<'a> {
     /// Dimensions, innermost first.
     dims: Vec<u64>,
     /// Its parts in the folder's files; empty for a tensor that consists of `vector`.
     parts: Vec<Part<'a>>,
     vector: Vec<f32>,
+    /// Its rows in the folder's files, if they are not all of them.
+    rows: Option<Vec<usize>>,
+    /// The number of rows that each become a column.
+    transposed: Option<usize>,
     heads: Option<usize>,
     by_value_head: Option<(Axis, ValueHeads)>,
     /// The half of each matrix's rows that it is; of biases, the half of each row.
@@ -130,6 +179,10 @@ struct Target<'a> {
     takes_turns: bool,
     is_bias: bool,
     offset: f32,
+    /// Factors of rows, by the ends of their parts.
+    factors: Vec<(usize, f32)>,
+    /// Rows of zeros behind the others.
+    padding: u64,
     /// Whether values are logarithms of rates, which files have as `-exp(value)`.
     is_rate: bool,
 }
@@ -160,11 +213,12 @@ pub fn convert(
     let _floats = DefaultFloats::set();
     let config = Json::open(folder, "config.json")?;
     let mut writer = Writer::new(ALIGNMENT)?;
-    let plan = match config.str("model_type")? {
-        "bert" => bert::plan(folder, &config, &mut writer)?,
-        _ => decoder::plan(folder, &config, &mut writer)?,
+    let model_type = config.str("model_type")?;
+    let plan = match encoder::model_types().any(|encoder| encoder == model_type) {
+        true => encoder::plan(folder, &config, &mut writer)?,
+        false => decoder::plan(folder, &config, &mut writer)?,
     };
-    let files = Files::open(folder)?;
+    let files = Files::open(folder, &plan.beside)?;
     let targets = plan.targets(plan.scheme.parts(files.tensors()?)?)?;
     for (name, target) in &targets {
         let plain = target.dims.len() < 2 || PLAIN.iter().any(|plain| name.ends_with(plain));
@@ -209,14 +263,18 @@ fn check(folder: &Path, writer: &Writer) -> Result<()> {
 impl Plan {
     /// Returns the tensors to write, by name.
     fn targets<'a>(&self, parts: BTreeMap<String, Part<'a>>) -> Result<BTreeMap<String, Target<'a>>> {
-        if let Some(name) = self.required.iter().find(|name| !parts.contains_key(**name)) {
+        let has = |name: &str| parts.contains_key(name);
+        let mut required = self.required.iter();
+        let is_there =
+            |name: &str| has(name) || self.prefixes.iter().any(|prefix| has(&format!("{prefix}{name}")));
+        if let Some(name) = required.find(|name| !is_there(name)) {
             return Err(Error::Model(format!("tensor `{name}` is missing")));
         }
         // Experts of one tensor are consecutive, in order of their numbers.
         let mut found: BTreeMap<String, BTreeMap<Option<usize>, Part<'a>>> = BTreeMap::new();
         let mut halves = BTreeMap::new();
         for (full, part) in parts {
-            let short = full.strip_prefix(self.prefix).unwrap_or(&full);
+            let short = self.prefixes.iter().find_map(|prefix| full.strip_prefix(prefix)).unwrap_or(&full);
             if self.unused.iter().any(|pattern| matches(pattern, short)) {
                 continue;
             }
@@ -244,6 +302,27 @@ impl Plan {
                 self.target(&name, parts, half).map_err(|e| Error::Model(format!("tensor `{name}`: {e}")))?;
             targets.insert(name, target);
         }
+        let mut taken = Vec::new();
+        for (name, of, rows) in &self.taken {
+            for (from, whole) in &targets {
+                let Some(numbers) = numbers(of, from) else { continue };
+                let name = numbers.first().map_or((*name).to_owned(), |n| name.replace("{}", &n.to_string()));
+                let part = rows.of(whole).map_err(|e| Error::Model(format!("tensor `{name}`: {e}")))?;
+                taken.push((name, part));
+            }
+        }
+        let of_layers = |of: &&str| of.contains("{}");
+        for of in self.taken.iter().map(|(_, of, _)| *of).filter(of_layers) {
+            targets.retain(|name, _| numbers(of, name).is_none());
+        }
+        targets.extend(taken);
+        if let Some((name, rows)) = self.padded
+            && let Some(table) = targets.get_mut(name)
+            && let Some(own) = table.dims.get_mut(1).filter(|own| **own < rows)
+        {
+            table.padding = rows - *own;
+            *own = rows;
+        }
         for (name, vector) in &self.vectors {
             let target =
                 Target { dims: vec![vector.len() as u64], vector: vector.clone(), ..Target::default() };
@@ -268,9 +347,10 @@ impl Plan {
             _ => return None,
         };
         self.names.iter().copied().flatten().find_map(|(from, to)| {
-            let numbers = numbers(from, stem)?;
-            let layer = numbers.first().map(u32::to_string).unwrap_or_default();
-            let expert = numbers.get(1).map(|&expert| expert as usize);
+            let mut numbers = numbers(from, stem)?.into_iter();
+            let layer = to.contains("{}").then(|| numbers.next()).flatten();
+            let layer = layer.as_ref().map(u32::to_string).unwrap_or_default();
+            let expert = numbers.next().map(|expert| expert as usize);
             Some((format!("{}.{kind}", to.replace("{}", &layer)), expert))
         })
     }
@@ -296,6 +376,11 @@ impl Plan {
                 && expert.is_none()
             {
                 dims = vec![taps, channels];
+            }
+            if let [count, 1] = dims[..]
+                && is_bias
+            {
+                dims = vec![count];
             }
             if place > 0 && dims != target.dims {
                 let expected = &target.dims;
@@ -329,6 +414,11 @@ impl Plan {
             }
             target.dims = vec![cols, all / cols];
         }
+        let factors = self.factors.iter().find(|(ending, _)| match name.strip_suffix(".weight") {
+            Some(stem) if ending.starts_with('.') => stem.ends_with(ending),
+            stem => stem == Some(ending),
+        });
+        target.factors = factors.map(|(_, factors)| factors.clone()).unwrap_or_default();
         target.is_rate = name.ends_with(".ssm_a");
         let reordered = self.by_value_head.iter().find(|(ending, ..)| stem.ends_with(ending));
         if let Some(&(_, axis, heads)) = reordered {
@@ -339,6 +429,49 @@ impl Plan {
             target.by_value_head = Some((axis, heads));
         }
         Ok(target)
+    }
+}
+
+impl Rows {
+    /// Takes these rows of a matrix.
+    fn of<'a>(&self, whole: &Target<'a>) -> Result<Target<'a>, String> {
+        let &[columns, rows] = &whole.dims[..] else {
+            return Err(format!("expected a matrix, got the shape {:?}", whole.dims));
+        };
+        let all = usize::try_from(rows).unwrap_or(0);
+        let taken: Vec<usize> = match self {
+            Rows::From(first) => (*first..all).collect(),
+            Rows::Of(rows) => rows.clone(),
+            Rows::Heads { length, parts, .. } => {
+                if *length == 0 || !all.is_multiple_of(*length) || parts.iter().any(|part| part.end > *length)
+                {
+                    return Err(format!("expected rows for heads of {length}, got {rows}"));
+                }
+                let heads = |part: &Range<usize>| {
+                    let part = part.clone();
+                    (0..all / length).flat_map(move |head| part.clone().map(move |row| head * length + row))
+                };
+                parts.iter().flat_map(heads).collect()
+            }
+        };
+        match taken.iter().max().filter(|&&last| last < all) {
+            Some(_) => {
+                let count = taken.len() as u64;
+                let (dims, transposed) = match self {
+                    Rows::Heads { parts, shape, .. } if *shape != Shape::Matrix => {
+                        let height: usize = parts.iter().map(Range::len).sum();
+                        let (rows, heads) = (height as u64, count.checked_div(height as u64).unwrap_or(0));
+                        match shape {
+                            Shape::Transposed => (vec![rows, columns, heads], Some(height)),
+                            _ => (vec![columns, rows, heads], None),
+                        }
+                    }
+                    _ => (vec![columns, count], None),
+                };
+                Ok(Target { dims, rows: Some(taken), transposed, ..whole.clone() })
+            }
+            None => Err(format!("expected more rows, got {rows}")),
+        }
     }
 }
 
@@ -397,16 +530,37 @@ impl Target<'_> {
         let by_columns = matches!(self.by_value_head, Some((Axis::Columns, _)));
         for part in &self.parts {
             let reader = part.reader(if single { 1 } else { part.columns() })?;
+            if let (Some(height), Some(rows)) = (self.transposed, &self.rows) {
+                blocks.resize(format.row_bytes(height).unwrap_or(0), 0);
+                for head in rows.chunks(height) {
+                    let mut matrix = Vec::new();
+                    head.iter().for_each(|&row| reader.read(row, &mut matrix));
+                    let columns = part.columns();
+                    for column in 0..columns {
+                        values.clear();
+                        values.extend(matrix.iter().skip(column).step_by(columns));
+                        make(&values, &mut blocks)?;
+                        put(&blocks)?;
+                    }
+                }
+                continue;
+            }
             let rows_of_a_head = self.heads.map(|heads| reader.rows() / heads);
-            let count = if self.half.is_some() { reader.rows() / 2 } else { reader.rows() };
+            let count = match (self.half, &self.rows) {
+                (Some(_), _) => reader.rows() / 2,
+                (None, Some(rows)) => rows.len(),
+                (None, None) => reader.rows(),
+            };
             for at in 0..count {
+                let at = self.rows.as_ref().map_or(at, |rows| rows[at]);
                 let from = match (self.half, self.by_value_head) {
                     (Some(half), _) if self.takes_turns => 2 * at + half,
                     (Some(half), _) => at / of_matrix * 2 * of_matrix + half * of_matrix + at % of_matrix,
                     (None, Some((Axis::Rows, heads))) => heads.source(at),
                     _ => rows_of_a_head.map_or(at, |rows| halves_to_pairs(at, rows)),
                 };
-                let same = self.offset == 0.0 && !self.is_rate && !by_columns;
+                let factor = self.factors.iter().find(|(end, _)| from < *end).map(|(_, factor)| *factor);
+                let same = self.offset == 0.0 && !self.is_rate && !by_columns && factor.is_none();
                 blocks.resize(format.row_bytes(part.columns()).unwrap_or(0), 0);
                 if same && reader.carry(from, format, &mut blocks) {
                     if !format.is_finite(&blocks) {
@@ -424,13 +578,17 @@ impl Target<'_> {
                 for value in &mut values {
                     *value = match self.is_rate {
                         true => -f64::from(*value).exp() as f32,
-                        false => *value + self.offset,
+                        false => *value * factor.unwrap_or(1.0) + self.offset,
                     };
                 }
                 make(&values, &mut blocks)?;
                 put(&blocks)?;
             }
         }
-        Ok(())
+        if self.padding > 0 {
+            let columns = self.dims.first().map_or(0, |&columns| columns as usize);
+            make(&vec![0.0; columns], &mut blocks)?;
+        }
+        (0..self.padding).try_for_each(|_| put(&blocks))
     }
 }

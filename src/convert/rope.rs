@@ -12,6 +12,8 @@ pub(super) struct Rope<'c> {
     pub(super) head_dim: u32,
     /// Base of the frequencies if the config has none.
     pub(super) default_base: Option<f64>,
+    /// The same of layers with a window.
+    pub(super) default_local: Option<f64>,
 }
 
 /// The factor of a pair that does not rotate: its frequency is 0 in any context.
@@ -24,7 +26,7 @@ impl Rope<'_> {
     /// Writes the keys, and returns the frequency factors, which become tensors.
     ///
     /// A config has either `rope_parameters` (possibly one for each kind of layer), or the older
-    /// `rope_theta`, `rope_local_base_freq` and `rope_scaling`.
+    /// `rope_theta`, `rope_local_base_freq` and `rope_scaling`, which some families call otherwise.
     pub(super) fn write(&self, w: &mut Writer) -> Result<Vectors> {
         let Rope { config, architecture, .. } = self;
         let entry = |name: &str| format!("{architecture}.rope.{name}");
@@ -38,8 +40,16 @@ impl Rope<'_> {
             Some(value) => Ok(Some(value)),
             None => config.optional_f64(name),
         };
-        let base = number("rope_theta")?.or(self.default_base);
+        let old = |names: &[&str]| match names.iter().find(|name| config.get(name).is_some()) {
+            Some(name) => config.optional_f64(name),
+            None => Ok(None),
+        };
+        let base = match number("rope_theta")? {
+            Some(base) => Some(base),
+            None => old(&["global_rope_theta", "rotary_emb_base"])?.or(self.default_base),
+        };
         let base = base.ok_or_else(|| config.missing("rope_theta", "a number"))?;
+        let base = self.enlarged(parameters, base)?;
         w.entry(&entry("freq_base"), base as f32)?;
         if let Some(windowed) = &windowed {
             let kind = kind(windowed)?;
@@ -49,13 +59,19 @@ impl Rope<'_> {
         }
         let local = match &windowed {
             Some(windowed) => windowed.optional_f64("rope_theta")?,
-            None => config.optional_f64("rope_local_base_freq")?,
+            None => old(&["rope_local_base_freq", "local_rope_theta"])?,
         };
-        if let Some(local) = local {
+        if let Some(local) = local.or(self.default_local) {
             w.entry(&entry("freq_base_swa"), local as f32)?;
         }
-        let part = number("partial_rotary_factor")?.unwrap_or(1.0);
-        let rotated = part.min(1.0) * f64::from(self.head_dim);
+        let part = match number("partial_rotary_factor")? {
+            Some(part) => Some(part),
+            None => old(&["rotary_pct"])?,
+        };
+        let rotated = match (part, config.optional_u32("rotary_dim")?) {
+            (None, Some(rotated)) => rotated.min(self.head_dim).into(),
+            (part, _) => part.unwrap_or(1.0).min(1.0) * f64::from(self.head_dim),
+        };
         let is_proportional = match parameters {
             Some(parameters) => kind(parameters)? == "proportional",
             None => false,
@@ -65,6 +81,18 @@ impl Rope<'_> {
         match parameters {
             Some(parameters) => self.scaling(parameters, base, rotated as u32, w),
             None => Ok(Vec::new()),
+        }
+    }
+
+    /// Hunyuan's scaling is a larger base.
+    fn enlarged(&self, parameters: Option<&Json>, base: f64) -> Result<f64> {
+        let Some(p) = parameters.filter(|_| self.architecture == "hunyuan-dense") else { return Ok(base) };
+        match (kind(p)?, p.optional_f64("alpha")?) {
+            ("dynamic", Some(alpha)) => {
+                let dims = f64::from(self.head_dim);
+                Ok(base * alpha.powf(dims / (dims - 2.0)))
+            }
+            _ => Ok(base),
         }
     }
 
@@ -78,6 +106,8 @@ impl Rope<'_> {
         let attention_factor = p.optional_f64("attention_factor")?;
         match kind(p)? {
             "default" | "none" => Ok(Vec::new()),
+            "mrope" if *architecture == "qwen2vl" => Ok(Vec::new()),
+            "dynamic" if *architecture == "hunyuan-dense" && p.get("alpha").is_some() => Ok(Vec::new()),
             "linear" => {
                 w.entry(&entry("type"), "linear")?;
                 w.entry(&entry("factor"), p.f64("factor")? as f32)?;
@@ -131,6 +161,17 @@ impl Rope<'_> {
                     if let Some(value) = p.optional_f64(from)? {
                         w.entry(&entry(key), value as f32)?;
                     }
+                }
+                if *architecture == "deepseek2" {
+                    // Its files have what scores grow by, and sines do not.
+                    let all = p.f64("mscale_all_dim")?;
+                    if all == 0.0 || p.optional_f64("mscale")? != Some(all) || attention_factor.is_some() {
+                        return Err(
+                            p.missing("mscale", "the same as mscale_all_dim, and no attention_factor")
+                        );
+                    }
+                    w.entry(&entry("yarn_log_multiplier"), (0.1 * all) as f32)?;
+                    return Ok(Vec::new());
                 }
                 let growth = |by: f64| if factor > 1.0 { 0.1 * by * factor.ln() + 1.0 } else { 1.0 };
                 let default = growth(1.0);

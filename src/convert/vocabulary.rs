@@ -1,5 +1,5 @@
 //! Converts vocabularies of the library `tokenizers` to GGUF keys: tokenizer.json, or else `tokenizer.model`, and the special tokens of
-//! tokenizer_config.json and generation_config.json. Supports byte-level BPE and SentencePiece BPE.
+//! tokenizer_config.json and generation_config.json. Supports byte-level BPE, SentencePiece BPE and SentencePiece unigram.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -35,8 +35,18 @@ struct Tokens {
     ids: HashMap<String, u32>,
 }
 
+/// What a model does with texts.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Task {
+    Generate,
+    /// Vectors of texts.
+    Embed,
+    /// Scores of pairs of texts.
+    Rank,
+}
+
 /// Writes a folder's vocabulary and chat template. Returns warnings about settings that GGUF cannot express.
-pub(super) fn write(folder: &Path, config: &Json, w: &mut Writer) -> Result<Vec<String>> {
+pub(super) fn write(folder: &Path, config: &Json, task: Task, w: &mut Writer) -> Result<Vec<String>> {
     let is_pieces = !has(folder, "tokenizer.json") && has(folder, pieces::FILE);
     let (json, pieces) = match is_pieces {
         true => {
@@ -47,13 +57,17 @@ pub(super) fn write(folder: &Path, config: &Json, w: &mut Writer) -> Result<Vec<
     };
     let model = json.object("model")?.ok_or_else(|| json.missing("model", "an object"))?;
     let kind = model.str("type")?;
-    if kind != "BPE" {
-        return Err(model.wrong("type", "BPE", kind));
+    let is_unigram = kind == "Unigram";
+    if kind != "BPE" && !is_unigram {
+        return Err(model.wrong("type", "BPE or Unigram", kind));
     }
     for key in ["continuing_subword_prefix", "end_of_word_suffix"] {
         if let Some(affix) = model.get(key).filter(|affix| **affix != "") {
             return Err(model.wrong(key, "none", affix));
         }
+    }
+    if is_unigram {
+        return unigram(folder, config, &json, &model, task, w);
     }
     let from_bytes = model.bool("byte_fallback")? == Some(true);
     let space_prefix = from_bytes.then(|| space_prefix(&json)).transpose()?;
@@ -95,8 +109,8 @@ pub(super) fn write(folder: &Path, config: &Json, w: &mut Writer) -> Result<Vec<
         let merges: Vec<String> = merges.iter().map(|(left, right)| format!("{left} {right}")).collect();
         w.entry("tokenizer.ggml.merges", &merges[..])?;
     }
-    special(folder, config, &json, &tokens, w)?;
-    let mut left_out = Vec::new();
+    special(folder, config, &json, &tokens, task, w)?;
+    let mut left_out = left_out_of_added(&json);
     // This is NFC: `pre_tokenizer` rejects all others. SentencePiece's normaliser is converted.
     if !from_bytes && json.get("normalizer").is_some() {
         left_out.push(
@@ -104,6 +118,12 @@ pub(super) fn write(folder: &Path, config: &Json, w: &mut Writer) -> Result<Vec<
                 .to_owned(),
         );
     }
+    Ok(left_out)
+}
+
+/// Returns warnings about properties of special tokens.
+fn left_out_of_added(json: &Json) -> Vec<String> {
+    let mut left_out = Vec::new();
     let special = |token: &&Value| token.get("special").is_some_and(|flag| *flag == true);
     let added = json.get("added_tokens").and_then(Value::as_array).map_or(&[][..], |added| &added[..]);
     for key in ["lstrip", "rstrip", "single_word"] {
@@ -116,7 +136,7 @@ pub(super) fn write(folder: &Path, config: &Json, w: &mut Writer) -> Result<Vec<
             ));
         }
     }
-    Ok(left_out)
+    left_out
 }
 
 /// Reads all tokens. `space_prefix` is present for SentencePiece: whether a text gets a space in front.
@@ -128,26 +148,26 @@ fn tokens(json: &Json, model: &Json, rows: u32, space_prefix: Option<bool>) -> R
     let mut texts: Vec<Option<String>> = vec![None; rows as usize];
     let mut kinds = vec![UNUSED; rows as usize];
     let mut ids = HashMap::new();
-    let vocabulary = model.get("vocab").and_then(Value::as_object);
-    let unknown = model.get("unk_token").and_then(Value::as_str);
-    for (text, id) in vocabulary.ok_or_else(|| model.missing("vocab", "an object"))? {
-        let place = id.as_u64().and_then(|id| usize::try_from(id).ok());
+    let unknown = unknown(model)?;
+    for (text, id) in entries(model)? {
+        let place = id.and_then(|id| usize::try_from(id).ok());
         let Some((place, slot)) = place.and_then(|place| Some((place, texts.get_mut(place)?))) else {
-            return Err(model.wrong("vocab", &format!("ids below {rows}, the rows of the embedding"), id));
+            let expected = format!("ids below {rows}, the rows of the embedding");
+            return Err(model.wrong("vocab", &expected, format!("another of `{text}`")));
         };
-        if let Some(other) = slot.replace(text.clone()) {
+        if let Some(other) = slot.replace(text.to_owned()) {
             return Err(model.wrong(
                 "vocab",
                 "one text for each id",
-                format!("`{other}` and `{text}` for {id}"),
+                format!("`{other}` and `{text}` for {place}"),
             ));
         }
         kinds[place] = match () {
-            () if unknown == Some(text.as_str()) => UNKNOWN,
+            () if unknown == Some(text) => UNKNOWN,
             () if space_prefix.is_some() && is_byte(text) => BYTE,
             () => NORMAL,
         };
-        ids.insert(text.clone(), place as u32);
+        ids.insert(text.to_owned(), place as u32);
     }
     let none = Vec::new();
     let added = match json.get("added_tokens") {
@@ -198,6 +218,182 @@ fn tokens(json: &Json, model: &Json, rows: u32, space_prefix: Option<bool>) -> R
     }
     let texts = texts.into_iter().enumerate().map(|(id, text)| text.unwrap_or_else(|| format!("[PAD{id}]")));
     Ok(Tokens { texts: texts.collect(), kinds, ids })
+}
+
+/// The texts and ids of a model: an object of ids, or a list of texts with their scores.
+fn entries(model: &Json) -> Result<Vec<(&str, Option<u64>)>> {
+    match model.get("vocab") {
+        Some(Value::Object(ids)) => Ok(ids.iter().map(|(text, id)| (text.as_str(), id.as_u64())).collect()),
+        Some(Value::Array(scored)) => {
+            let mut entries = Vec::with_capacity(scored.len());
+            for (id, entry) in scored.iter().enumerate() {
+                let text = entry.get(0).and_then(Value::as_str);
+                let text = text.ok_or_else(|| model.wrong("vocab", "texts with scores", entry))?;
+                entries.push((text, Some(id as u64)));
+            }
+            Ok(entries)
+        }
+        _ => Err(model.missing("vocab", "an object or a list")),
+    }
+}
+
+/// Returns the id of a text of a folder's tokenizer.json.
+pub(super) fn id_of(folder: &Path, text: &str) -> Result<u32> {
+    let json = Json::open(folder, "tokenizer.json")?;
+    let model = json.object("model")?.ok_or_else(|| json.missing("model", "an object"))?;
+    let entry = entries(&model)?.into_iter().find(|(other, _)| *other == text);
+    let id = entry.and_then(|(_, id)| u32::try_from(id?).ok());
+    id.ok_or_else(|| model.wrong("vocab", &format!("a token `{text}`"), "none"))
+}
+
+/// The text of the unknown token, which the model names by its text or by its place.
+fn unknown(model: &Json) -> Result<Option<&str>> {
+    let Some(id) = model.optional_u32("unk_id")? else {
+        return Ok(model.get("unk_token").and_then(Value::as_str));
+    };
+    let text = model.value.pointer(&format!("/vocab/{id}/0")).and_then(Value::as_str);
+    text.map(Some).ok_or_else(|| model.wrong("unk_id", "a place in the vocabulary", id))
+}
+
+/// Score of rows without a token.
+const UNLIKELY: f32 = -10_000.0;
+
+/// Writes SentencePiece's unigram vocabulary.
+fn unigram(
+    folder: &Path,
+    config: &Json,
+    json: &Json,
+    model: &Json,
+    task: Task,
+    w: &mut Writer,
+) -> Result<Vec<String>> {
+    if model.bool("byte_fallback")? == Some(true) {
+        return Err(model.wrong("byte_fallback", "false", true));
+    }
+    let Spaces { charsmap, prefix, trims_end } = Spaces::of(json)?;
+    let tokens = tokens(json, model, config.u32("vocab_size")?, Some(prefix))?;
+    if let Some(at) = tokens.kinds.iter().position(|&kind| kind == USER_DEFINED) {
+        return Err(json.wrong("added_tokens", "special ones", format!("`{}`", tokens.texts[at])));
+    }
+    let mut scores = vec![UNLIKELY; tokens.texts.len()];
+    for (place, entry) in model.get("vocab").and_then(Value::as_array).into_iter().flatten().enumerate() {
+        let score = entry.get(1).and_then(Value::as_f64).map(|score| score as f32);
+        let score = score.filter(|score| score.is_finite());
+        let score = score.ok_or_else(|| model.wrong("vocab", "texts with scores", entry))?;
+        if let Some(slot) = scores.get_mut(place) {
+            *slot = score;
+        }
+    }
+    w.entry("tokenizer.ggml.model", "t5")?;
+    w.entry("tokenizer.ggml.pre", "default")?;
+    w.entry("tokenizer.ggml.tokens", &tokens.texts[..])?;
+    w.entry("tokenizer.ggml.scores", &scores[..])?;
+    w.entry("tokenizer.ggml.token_type", &tokens.kinds[..])?;
+    w.entry("tokenizer.ggml.add_space_prefix", prefix)?;
+    w.entry("tokenizer.ggml.remove_extra_whitespaces", true)?;
+    w.entry("tokenizer.ggml.precompiled_charsmap", &charsmap[..])?;
+    special(folder, config, json, &tokens, task, w)?;
+    let mut left_out = left_out_of_added(json);
+    if !trims_end {
+        left_out.push(
+            "tokenizer.json: spaces at the end of a text are dropped, as SentencePiece does, but not the folder".to_owned(),
+        );
+    }
+    Ok(left_out)
+}
+
+/// What becomes of characters and spaces ahead of a unigram vocabulary.
+struct Spaces {
+    charsmap: Vec<u8>,
+    prefix: bool,
+    trims_end: bool,
+}
+
+impl Spaces {
+    /// Reads the normaliser and the pre-tokenizer: SentencePiece's charsmap, then runs of spaces become one.
+    fn of(json: &Json) -> Result<Spaces> {
+        let steps = |key: &str, list: &str| match json.get(key) {
+            Some(step) => match step.get(list).and_then(Value::as_array) {
+                Some(steps) => steps.clone(),
+                None => vec![step.clone()],
+            },
+            None => Vec::new(),
+        };
+        let kind = |step: &Value| step.get("type").and_then(Value::as_str).map(str::to_owned);
+        let mut found = Spaces { charsmap: Vec::new(), prefix: true, trims_end: false };
+        let (mut collapses, mut has_charsmap) = (false, false);
+        for step in steps("normalizer", "normalizers") {
+            let flag = |key: &str| step.get(key).is_some_and(|flag| *flag == true);
+            match kind(&step).as_deref() {
+                Some("Precompiled") if !has_charsmap => {
+                    let text = step.get("precompiled_charsmap").and_then(Value::as_str);
+                    let bytes = text.and_then(base64).ok_or_else(|| {
+                        json.wrong("normalizer", "a charsmap in base64", kind(&step).unwrap_or_default())
+                    })?;
+                    (found.charsmap, has_charsmap) = (bytes, true);
+                }
+                Some("Replace") if step.pointer("/pattern/Regex").is_some_and(|regex| regex == " {2,}") => {
+                    collapses = true;
+                }
+                Some("Strip") if flag("strip_right") => found.trims_end = true,
+                _ => return Err(json.wrong("normalizer", "Precompiled, then Replace of spaces", step)),
+            }
+        }
+        if !has_charsmap {
+            // Without it, other white space than spaces would end words here, but not there.
+            return Err(json.missing("normalizer", "one with Precompiled"));
+        }
+        let pre = steps("pre_tokenizer", "pretokenizers");
+        let is = |step: &Value, name: &str| kind(step).is_some_and(|kind| kind == name);
+        let wrong =
+            || json.missing("pre_tokenizer", "Metaspace, with WhitespaceSplit or Replace of spaces ahead");
+        let metaspace = match &pre[..] {
+            [split, metaspace] if is(split, "WhitespaceSplit") => {
+                (collapses, found.trims_end) = (true, true);
+                metaspace
+            }
+            [metaspace] => metaspace,
+            _ => return Err(wrong()),
+        };
+        if !collapses
+            || !is(metaspace, "Metaspace")
+            || metaspace.get("replacement").is_none_or(|by| by != SPACE)
+        {
+            return Err(wrong());
+        }
+        found.prefix = match metaspace.get("prepend_scheme").and_then(Value::as_str) {
+            Some("always") => true,
+            Some("never") => false,
+            None => metaspace.get("add_prefix_space").is_none_or(|adds| *adds == true),
+            Some(_) => return Err(wrong()),
+        };
+        Ok(found)
+    }
+}
+
+/// Decodes base64 (RFC 4648); `None` if it is none.
+fn base64(text: &str) -> Option<Vec<u8>> {
+    let text = text.trim_end_matches('=');
+    let mut bytes = Vec::with_capacity(text.len() / 4 * 3);
+    let (mut bits, mut count) = (0u32, 0);
+    for digit in text.bytes() {
+        let value = match digit {
+            b'A'..=b'Z' => digit - b'A',
+            b'a'..=b'z' => digit - b'a' + 26,
+            b'0'..=b'9' => digit - b'0' + 52,
+            b'+' => 62,
+            b'/' => 63,
+            _ => return None,
+        };
+        bits = bits << 6 | u32::from(value);
+        count += 6;
+        if count >= 8 {
+            count -= 8;
+            bytes.push((bits >> count) as u8);
+            bits &= (1 << count) - 1;
+        }
+    }
+    Some(bytes)
 }
 
 /// Whether a token is a byte token, `<0x00>` to `<0xFF>`.
@@ -363,7 +559,14 @@ fn pre_tokenizer(json: &Json, model: &Json) -> Result<&'static str> {
 }
 
 /// Writes the ids of special tokens, whether encoding adds them, and the chat template.
-fn special(folder: &Path, config: &Json, json: &Json, tokens: &Tokens, w: &mut Writer) -> Result<()> {
+fn special(
+    folder: &Path,
+    config: &Json,
+    json: &Json,
+    tokens: &Tokens,
+    task: Task,
+    w: &mut Writer,
+) -> Result<()> {
     let about = Json::open_if_there(folder, "tokenizer_config.json")?;
     let generation = Json::open_if_there(folder, "generation_config.json")?;
     let id_of = |text: &str| {
@@ -400,15 +603,20 @@ fn special(folder: &Path, config: &Json, json: &Json, tokens: &Tokens, w: &mut W
         };
         ids.iter().map(id).collect()
     };
-    let (first, last) = template(json)?;
-    let (first, last) = (first.map(id_of).transpose()?, last.map(id_of).transpose()?);
+    let template = template(json)?;
+    let (first, last) = (template.first.map(id_of).transpose()?, template.last.map(id_of).transpose()?);
     let bos = match by_text("bos_token")? {
         Some(bos) => Some(bos),
         None => by_id("bos_token_id")?.first().copied().or(first),
     };
     let ends = by_id("eos_token_id")?;
-    let eos = by_text("eos_token")?.or(ends.first().copied()).or(last);
-    let unknown = json.value.pointer("/model/unk_token").and_then(Value::as_str);
+    let mut eos = by_text("eos_token")?.or(ends.first().copied()).or(last);
+    if task == Task::Embed {
+        // What ends an answer in a chat does not end a text.
+        eos = last.or(eos);
+    }
+    let unknown = json.object("model")?;
+    let unknown = unknown.as_ref().map(self::unknown).transpose()?.flatten();
     let mut ids = vec![
         ("bos", bos),
         ("eos", eos),
@@ -435,34 +643,103 @@ fn special(folder: &Path, config: &Json, json: &Json, tokens: &Tokens, w: &mut W
         }
         w.entry(&format!("tokenizer.ggml.{key}"), adds)?;
     }
+    if task != Task::Generate {
+        match template.separator {
+            Separator::None => w.entry("tokenizer.ggml.add_sep_token", false)?,
+            Separator::Token(text) => {
+                w.entry("tokenizer.ggml.seperator_token_id", id_of(text)?)?;
+                w.entry("tokenizer.ggml.add_sep_token", true)?;
+            }
+            Separator::Unknown if task == Task::Rank => {
+                let expected = "the end of a text, and a separator at most, between two texts";
+                return Err(json.missing("post_processor", expected));
+            }
+            Separator::Unknown => {}
+        }
+    }
     match chat_template(folder, &about)? {
         Some(template) => w.entry("tokenizer.chat_template", &template[..]),
         None => Ok(()),
     }
 }
 
-/// Returns the texts of the tokens that the post-processor adds before and after a text.
-fn template<'a>(json: &'a Json) -> Result<(Option<&'a str>, Option<&'a str>)> {
-    let Some(post) = json.get("post_processor") else { return Ok((None, None)) };
+/// What the post-processor adds to texts.
+#[derive(Default)]
+struct Template<'a> {
+    /// The tokens before and after a text.
+    first: Option<&'a str>,
+    last: Option<&'a str>,
+    /// What stands between two texts, behind the end of the first.
+    separator: Separator<'a>,
+}
+
+#[derive(Default)]
+enum Separator<'a> {
+    #[default]
+    Unknown,
+    None,
+    Token(&'a str),
+}
+
+/// Returns what the post-processor adds.
+fn template(json: &Json) -> Result<Template<'_>> {
+    let mut found = Template::default();
+    let Some(post) = json.get("post_processor") else { return Ok(found) };
     let steps = match post.get("processors").and_then(Value::as_array) {
         Some(steps) => &steps[..],
         None => std::slice::from_ref(post),
     };
-    let token = |piece: &'a Value| piece.pointer("/SpecialToken/id").and_then(Value::as_str);
-    let is_text = |piece: &Value| piece.get("Sequence").is_some();
-    let mut found = (None, None);
     for step in steps {
-        let pieces = step.get("single").and_then(Value::as_array).map_or(&[][..], |pieces| &pieces[..]);
-        found = match (step.get("type").and_then(Value::as_str), pieces) {
-            (Some("ByteLevel"), _) => continue,
-            (Some("TemplateProcessing"), [text]) if is_text(text) => (None, None),
-            (Some("TemplateProcessing"), [first, text]) if is_text(text) => (token(first), None),
-            (Some("TemplateProcessing"), [text, last]) if is_text(text) => (None, token(last)),
-            (Some("TemplateProcessing"), [first, text, last]) if is_text(text) => (token(first), token(last)),
-            _ => return Err(json.wrong("post_processor", "a text with a token at each end at most", step)),
+        let token = |key: &str| step.pointer(key).and_then(Value::as_str);
+        let wrong = || json.wrong("post_processor", "a text with a token at each end at most", step);
+        found = match step.get("type").and_then(Value::as_str) {
+            Some("ByteLevel") => continue,
+            Some("TemplateProcessing") => pieces_of(step).ok_or_else(wrong)?,
+            Some(kind @ ("RobertaProcessing" | "BertProcessing")) => {
+                let (first, last) = (token("/cls/0").ok_or_else(wrong)?, token("/sep/0").ok_or_else(wrong)?);
+                let separator =
+                    if kind == "BertProcessing" { Separator::None } else { Separator::Token(last) };
+                Template { first: Some(first), last: Some(last), separator }
+            }
+            _ => return Err(wrong()),
         };
     }
     Ok(found)
+}
+
+/// The pieces of a template, if it has at most a token at each end of a text.
+fn pieces_of(step: &Value) -> Option<Template<'_>> {
+    let list = |key: &str| step.get(key).and_then(Value::as_array).map_or(&[][..], |pieces| &pieces[..]);
+    fn token(piece: &Value) -> Option<&str> {
+        piece.pointer("/SpecialToken/id").and_then(Value::as_str)
+    }
+    let is_text = |piece: &Value| piece.get("Sequence").is_some();
+    let (first, last) = match list("single") {
+        [text] if is_text(text) => (None, None),
+        [first, text] if is_text(text) => (token(first), None),
+        [text, last] if is_text(text) => (None, token(last)),
+        [first, text, last] if is_text(text) => (token(first), token(last)),
+        _ => return None,
+    };
+    // A pair begins like a single text.
+    let between = match (list("pair"), first, last) {
+        ([begin, a, end, rest @ .., b, stop], Some(_), Some(_))
+            if token(begin) == first
+                && token(end) == last
+                && token(stop) == last
+                && is_text(a)
+                && is_text(b) =>
+        {
+            Some(rest)
+        }
+        _ => None,
+    };
+    let separator = match between {
+        Some([]) => Separator::None,
+        Some([one]) => token(one).map_or(Separator::Unknown, Separator::Token),
+        _ => Separator::Unknown,
+    };
+    Some(Template { first, last, separator })
 }
 
 /// Returns the chat template: from its own file, or from tokenizer_config.json, where it may be the default

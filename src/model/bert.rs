@@ -11,8 +11,13 @@ use crate::program::{Builder, Gate, NormKind, RopePairs, TensorId, Unary};
 
 pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
     let mut n = Network::new(h, b, NormKind::Layer);
-    let (tokens, kind, positions) = (n.embed(1.0), n.embed_type(), n.embed_positions());
-    let x = n.add("embed_type", tokens, kind);
+    let mut x = n.embed(1.0);
+    // DistilBERT has one type of tokens (Sanh et al. 2019).
+    if n.has("token_types.weight") || h.token_type_count.is_some() {
+        let kind = n.embed_type();
+        x = n.add("embed_type", x, kind);
+    }
+    let positions = n.embed_positions();
     let x = n.add("embed_positions", x, positions);
     let mut x = n.norm("token_embd_norm", x);
     for layer in 0..h.block_count {

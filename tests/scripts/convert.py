@@ -7,7 +7,9 @@ tokenizers, which tests/convert.rs reads.
     convert.py --check FOLDER LOGITS    how far the logits that `halite logits` wrote of a folder's `tokens` are off
 
 Each folder has, besides what the library writes, a file expected.json (texts with their ids, and the ids of a longer text) and
-logits.f32, the logits of the last positions of the longer text. Weights are bfloat16 in the folder, and float32 in the forward pass.
+logits.f32, the logits of the last positions of the longer text. Folders of encoders and rerankers have vectors.f32 instead: the vector
+of each text and of the longer one, or the score of each pair of texts. Weights are bfloat16 in the folder, and float32 in the forward
+pass.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import json
 import pathlib
 import random
 import shutil
+import tempfile
 
 import numpy as np
 import safetensors.torch
@@ -38,6 +41,8 @@ LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_facto
               original_max_position_embeddings=32)
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=2.0, original_max_position_embeddings=32)
 VISION = dict(depth=1, hidden_size=8, intermediate_size=8, num_heads=2, out_hidden_size=24, patch_size=2, num_position_embeddings=4)
+SIGLIP = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=4, patch_size=2)
+WRAPPERS = {"ministral3": "mistral3"}
 # Four heads of values for two of keys.
 QWEN_3_5 = dict(model_type="qwen3_5_text", vocabulary="qwen35", num_hidden_layers=2,
                 layer_types=["linear_attention", "full_attention"], head_dim=16, tie_word_embeddings=True, linear_conv_kernel_dim=4,
@@ -48,6 +53,13 @@ HYBRID = dict(model_type="granitemoehybrid", vocabulary="starcoder", num_hidden_
               position_embedding_type="nope", shared_intermediate_size=20, mamba_n_heads=4, mamba_d_head=12, mamba_d_state=8,
               mamba_expand=2, mamba_d_conv=4, tie_word_embeddings=True, attention_multiplier=0.3, embedding_multiplier=1.7,
               residual_multiplier=0.4, logits_scaling=1.3)
+MIXTURE = dict(num_hidden_layers=2, intermediate_size=20, moe_intermediate_size=16, num_experts_per_tok=2, first_k_dense_replace=1,
+               n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.5, tie_word_embeddings=True)
+LATENT = dict(MIXTURE, vocabulary="llama3", num_key_value_heads=4, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10,
+              rope_parameters=dict(YARN, mscale=0.7, mscale_all_dim=0.7, beta_fast=32, beta_slow=1))
+NEMOTRON = dict(model_type="nemotron_h", vocabulary="tekken", head_dim=8, mamba_num_heads=4, mamba_head_dim=12, ssm_state_size=8,
+                n_groups=2, time_step_min=1e-30)
+GRANITE = dict(attention_multiplier=0.3, embedding_multiplier=1.7, residual_multiplier=0.4, logits_scaling=1.3)
 QUANTISED = dict(model_type="qwen3", vocabulary="qwen2", num_hidden_layers=1, hidden_size=64, intermediate_size=96, head_dim=16,
                  tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=10000.0))
 # The numbers of experts are odd so that no shape is right by chance.
@@ -105,11 +117,114 @@ FAMILIES = {
                     attention_multiplier=0.3, embedding_multiplier=1.7, residual_multiplier=0.4, logits_scaling=1.3),
     "granitehybrid": dict(HYBRID, num_local_experts=0, mamba_n_groups=2),
     "granitehybrid-moe": dict(HYBRID, num_local_experts=3, num_experts_per_tok=2, intermediate_size=16, mamba_n_groups=1),
+    "arcee": dict(model_type="arcee", vocabulary="llama3", num_hidden_layers=1, head_dim=8, tie_word_embeddings=True),
+    "deepseek_v2": dict(LATENT, model_type="deepseek_v2", n_routed_experts=3, n_shared_experts=2, q_lora_rank=None,
+                        norm_topk_prob=False),
+    "deepseek_v3": dict(LATENT, model_type="deepseek_v3", n_routed_experts=6, n_shared_experts=1, q_lora_rank=12, n_group=3, topk_group=2),
+    "dots1": dict(MIXTURE, model_type="dots1", vocabulary="qwen2", head_dim=8, n_routed_experts=3, n_shared_experts=2),
+    "ernie4_5": dict(model_type="ernie4_5", vocabulary="spm", num_hidden_layers=1, head_dim=8, tie_word_embeddings=True),
+    "ernie4_5_moe": dict(model_type="ernie4_5_moe", vocabulary="llama3", moe_num_experts=3, moe_k=2, moe_intermediate_size=16,
+                         moe_layer_start_index=1, moe_layer_end_index=1, moe_num_shared_experts=2, intermediate_size=20,
+                         tie_word_embeddings=True),
+    "exaone4": dict(model_type="exaone4", vocabulary="gpt2", num_hidden_layers=4, intermediate_size=16, tie_word_embeddings=True,
+                    sliding_window_pattern=4, rope_parameters=LLAMA3, **WINDOW),
+    "exaone4-full": dict(model_type="exaone4", vocabulary="gpt2", num_hidden_layers=1, tie_word_embeddings=True, sliding_window=None,
+                         layer_types=["full_attention"], rope_parameters=LLAMA3),
+    "gemma": dict(model_type="gemma", vocabulary="gemma", num_hidden_layers=1, head_dim=8, tie_word_embeddings=True),
+    "glm4_moe": dict(MIXTURE, model_type="glm4_moe", vocabulary="llama3", head_dim=8, n_routed_experts=3, n_shared_experts=1,
+                     use_qk_norm=True, attention_bias=True),
+    "gpt_neox": dict(model_type="gpt_neox", vocabulary="gpt2", num_hidden_layers=1, num_key_value_heads=None, hidden_size=32),
+    "granitemoe": dict(GRANITE, model_type="granitemoe", vocabulary="starcoder", num_hidden_layers=1, num_local_experts=3,
+                       num_experts_per_tok=2, intermediate_size=16, tie_word_embeddings=True),
+    "granitemoeshared": dict(GRANITE, model_type="granitemoeshared", vocabulary="starcoder", num_hidden_layers=1, num_local_experts=3,
+                             num_experts_per_tok=2, intermediate_size=16, shared_intermediate_size=20, tie_word_embeddings=True),
+    "hunyuan_v1_dense": dict(model_type="hunyuan_v1_dense", vocabulary="qwen2", num_hidden_layers=1, head_dim=8, tie_word_embeddings=True,
+                             rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, alpha=50.0, factor=1.0)),
+    "minimax_m2": dict(model_type="minimax_m2", vocabulary="llama3", num_hidden_layers=1, head_dim=8, rotary_dim=4, num_local_experts=3,
+                       num_experts_per_tok=2, intermediate_size=16, tie_word_embeddings=True),
+    "olmoe": dict(model_type="olmoe", vocabulary="gpt2", num_hidden_layers=1, num_experts=3, num_experts_per_tok=2, intermediate_size=16,
+                  tie_word_embeddings=True),
+    "phi": dict(model_type="phi", vocabulary="gpt2", num_hidden_layers=1, num_key_value_heads=None, hidden_size=32),
+    "qwen2_moe": dict(model_type="qwen2_moe", vocabulary="qwen2", num_hidden_layers=1, num_experts=3, num_experts_per_tok=2,
+                      moe_intermediate_size=16, shared_expert_intermediate_size=20, tie_word_embeddings=True),
+    "seed_oss": dict(model_type="seed_oss", vocabulary="qwen2", num_hidden_layers=1, head_dim=8, tie_word_embeddings=True),
+    "falcon_h1": dict(model_type="falcon_h1", vocabulary="gpt2", num_hidden_layers=1, head_dim=8, mamba_d_ssm=48, mamba_n_heads=4,
+                      mamba_d_head=12, mamba_d_state=8, mamba_n_groups=2, attention_in_multiplier=0.7, attention_out_multiplier=0.9,
+                      key_multiplier=0.6, ssm_in_multiplier=1.2, ssm_out_multiplier=0.8, ssm_multipliers=[0.5, 1.1, 0.8, 1.2, 0.7],
+                      mlp_multipliers=[0.6, 1.3], embedding_multiplier=1.4, lm_head_multiplier=0.6),
+    "gemma3n": dict(model_type="gemma3n_text", vocabulary="gemma", head_dim=8, num_hidden_layers=4, num_kv_shared_layers=2,
+                    layer_types=["sliding_attention", "full_attention"] * 2, intermediate_size=[16] * 4, laurel_rank=64,
+                    hidden_size_per_layer_input=4, activation_sparsity_pattern=[0.95] * 4, tie_word_embeddings=True, **WINDOW,
+                    rope_parameters=dict(full_attention=dict(rope_type="default", rope_theta=1e6),
+                                         sliding_attention=dict(rope_type="default", rope_theta=10000.0))),
+    "mamba": dict(model_type="mamba", vocabulary="gpt2", intermediate_size=48, num_hidden_layers=2, state_size=8, time_step_rank=3),
+    "mamba2": dict(model_type="mamba2", vocabulary="gpt2", num_heads=4, head_dim=12, state_size=8, n_groups=1, tie_word_embeddings=True),
+    "nemotron_h": dict(NEMOTRON, layers_block_type=["linear_attention", "full_attention", "mlp"]),
+    "nemotron_h-moe": dict(NEMOTRON, layers_block_type=["linear_attention", "full_attention", "moe"], n_routed_experts=3,
+                           num_experts_per_tok=2, moe_intermediate_size=16, moe_shared_expert_intermediate_size=20, moe_latent_size=12,
+                           routed_scaling_factor=1.5, n_group=1, topk_group=1),
+    "qwen3_next": dict(QWEN_3_5, model_type="qwen3_next", vocabulary="qwen2", num_experts=3, num_experts_per_tok=2,
+                       moe_intermediate_size=16, shared_expert_intermediate_size=20,
+                       rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.25)),
+    # Models that also see.
+    "gemma3-vision": dict(model_type="gemma3_text", vocabulary="gemma", head_dim=8, query_pre_attn_scalar=12, num_hidden_layers=2,
+                          intermediate_size=16, tie_word_embeddings=True, vision_config=SIGLIP, **WINDOW),
+    "mistral3": dict(model_type="ministral3", vocabulary="tekken", num_hidden_layers=1, head_dim=8, tie_word_embeddings=True,
+                     vision_config=dict(SIGLIP, model_type="pixtral", head_dim=4),
+                     rope_parameters=dict(YARN, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0, beta_fast=32.0,
+                                          beta_slow=1.0, llama_4_scaling_beta=0.1)),
+    "qwen2_5_vl": dict(model_type="qwen2_5_vl_text", vocabulary="qwen2", num_hidden_layers=1, hidden_size=32, tie_word_embeddings=True,
+                       vision_config=dict(VISION, out_hidden_size=32, fullatt_block_indexes=[0]),
+                       rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1])),
+    "qwen3_vl": dict(model_type="qwen3_vl_text", vocabulary="qwen2", num_hidden_layers=1, head_dim=8, tie_word_embeddings=True,
+                     vision_config=dict(VISION, deepstack_visual_indexes=[]),
+                     rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1], mrope_interleaved=True)),
+    "cohere": dict(model_type="cohere", vocabulary="starcoder", num_hidden_layers=1, use_qk_norm=True, tie_word_embeddings=True),
+    "exaone_moe": dict(MIXTURE, model_type="exaone_moe", vocabulary="gpt2", head_dim=8, num_experts=3, num_shared_experts=2,
+                       layer_types=["sliding_attention", "full_attention"], **WINDOW),
+    # The library has this epsilon in the norms of latent vectors, whatever the option says.
+    "glm4_moe_lite": dict(LATENT, rms_norm_eps=1e-6, model_type="glm4_moe_lite", n_routed_experts=3, n_shared_experts=1, q_lora_rank=12,
+                          rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
+    "nemotron": dict(model_type="nemotron", vocabulary="gpt2", num_hidden_layers=1, hidden_size=32, tie_word_embeddings=True),
+    "stablelm": dict(model_type="stablelm", vocabulary="gpt2", num_hidden_layers=1, hidden_size=32, use_qkv_bias=True,
+                     tie_word_embeddings=True),
     "olmo2": dict(model_type="olmo2", vocabulary="dbrx", num_hidden_layers=1, tie_word_embeddings=True),
     "olmo3": dict(model_type="olmo3", vocabulary="dbrx", num_hidden_layers=4, intermediate_size=16, tie_word_embeddings=True, **WINDOW),
     "starcoder2": dict(model_type="starcoder2", vocabulary="starcoder", num_hidden_layers=1, **WINDOW),
     "cohere2": dict(model_type="cohere2", vocabulary="starcoder", num_hidden_layers=4, intermediate_size=16, **WINDOW),
 }
+
+ENCODER = dict(vocab_size=VOCAB, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
+               max_position_embeddings=90, initializer_range=0.3, pad_token_id=1, bos_token_id=0, eos_token_id=2)
+LABEL = dict(id2label={0: "score"}, label2id={"score": 0})
+# `architecture` is the class, `pooling` that of sentence-transformers, "rank" that of a reranker.
+ENCODERS = {
+    "xlm-roberta": dict(architecture="XLMRobertaModel", vocabulary="unigram", pooling="cls", type_vocab_size=1, layer_norm_eps=1e-5),
+    "roberta": dict(architecture="RobertaModel", vocabulary="roberta", pooling="mean", type_vocab_size=1, layer_norm_eps=1e-5),
+    "bert-unigram": dict(architecture="BertModel", vocabulary="unigram", pooling="mean", type_vocab_size=2),
+    "distilbert": dict(architecture="DistilBertModel", vocabulary="words", pooling="mean", dim=24, n_layers=2, n_heads=4, hidden_dim=32),
+    "modernbert": dict(architecture="ModernBertModel", vocabulary="modern", pooling="cls", num_hidden_layers=4, local_attention=8,
+                       global_attn_every_n_layers=3, hidden_activation="gelu", cls_token_id=0, sep_token_id=2),
+    "nomic_bert": dict(architecture="NomicBertModel", vocabulary="words", pooling="mean", type_vocab_size=2),
+    "embedding_gemma": dict(architecture="Gemma3TextModel", vocabulary="gemma", pooling="mean", head_dim=8, num_key_value_heads=2,
+                            query_pre_attn_scalar=8, sliding_window=10, use_bidirectional_attention=True, dense=40),
+    "qwen3-embedding": dict(architecture="Qwen3Model", vocabulary="qwen2", pooling="lasttoken", head_dim=8, num_key_value_heads=2,
+                            tie_word_embeddings=True, pad_token_id=None),
+    "bert-rank": dict(architecture="BertForSequenceClassification", vocabulary="words", pooling="rank", type_vocab_size=1, **LABEL),
+    "xlm-roberta-rank": dict(architecture="XLMRobertaForSequenceClassification", vocabulary="unigram", pooling="rank",
+                             type_vocab_size=1, layer_norm_eps=1e-5, **LABEL),
+    "qwen3-reranker": dict(architecture="Qwen3ForCausalLM", vocabulary="yes", pooling="rank", head_dim=8, num_key_value_heads=2,
+                           tie_word_embeddings=True, max_position_embeddings=1024, pad_token_id=None),
+    "qwen3-reranker-untied": dict(architecture="Qwen3ForCausalLM", vocabulary="yes", pooling="rank", head_dim=8,
+                                  num_key_value_heads=2, tie_word_embeddings=False, max_position_embeddings=1024, pad_token_id=None),
+    "qwen3-reranker-scores": dict(architecture="Qwen3ForSequenceClassification", vocabulary="yes", pooling="rank", head_dim=8,
+                                  num_key_value_heads=2, max_position_embeddings=1024, **LABEL),
+}
+PAIRS = [["Who may use the Work?", "You may use the Work."], ["Who may use the Work?", ""], ["{braces", "a {file} in <s> braces"]]
+# Of the model's card.
+RERANK = ("<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct provided. Note that "
+          "the answer can only be \"yes\" or \"no\".<|im_end|>\n<|im_start|>user\n<Instruct>: Given a web search query, retrieve relevant "
+          "passages that answer the query\n<Query>: QUERY\n<Document>: DOCUMENT<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 # The words of byte-level vocabularies, as models were published with them.
 LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -139,21 +254,67 @@ def byte_level(kind):
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
     tokenizer = Tokenizer(models.BPE(ignore_merges=kind in ("llama3", "tekken")))
-    tokenizer.pre_tokenizer = {"gpt2": plain, "starcoder": digits, "llama3": words(LLAMA3_WORDS), "dbrx": words(LLAMA3_WORDS),
+    tokenizer.pre_tokenizer = {"gpt2": plain, "roberta": plain, "modern": plain, "yes": words(QWEN_WORDS), "starcoder": digits, "llama3": words(LLAMA3_WORDS), "dbrx": words(LLAMA3_WORDS),
                                "qwen2": words(QWEN_WORDS), "tekken": words(TEKKEN_WORDS),
                                "qwen35": words(QWEN_3_5_WORDS), "gpt4o": words(GPT_4O_WORDS)}[kind]
-    if kind in ("qwen2", "qwen35"):
+    if kind in ("qwen2", "qwen35", "yes", "modern"):
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB - 6, special_tokens=["<s>", "</s>", "<|end|>"], show_progress=False,
+    special = ["<s>", "<pad>", "</s>", "<mask>"] if kind in ("roberta", "modern") else ["<s>", "</s>", "<|end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB - 6, special_tokens=special, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.train_from_iterator(corpus() + ["yes", "no"] * 500 * (kind == "yes"), trainer)
     tokenizer.add_tokens(["<tool>"])
     if kind == "llama3":
         tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])])
+    elif kind == "roberta":
+        tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=False)
+    elif kind == "modern":
+        tokenizer.post_processor = around("<s>", "</s>", "")(tokenizer)
     else:
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return tokenizer
+
+
+def around(first, last, between):
+    """What stands before, behind and between texts."""
+    return lambda tokenizer: processors.TemplateProcessing(
+        single=f"{first} $A {last}", pair=f"{first} $A {last} {between} $B {last}".split(),
+        special_tokens=[(text, tokenizer.token_to_id(text)) for text in (first, last)])
+
+
+def unigram():
+    """A vocabulary of SentencePiece's unigram, as XLM-RoBERTa has it."""
+    rules = pathlib.Path(tempfile.mkdtemp(), "rules.tsv")
+    rules.write_text("FF21\t41\nFB01\t66 69\n2026\t2E 2E 2E\n9\t20\nA\t20\nD A\t20\nA0\t20\n3000\t20\n")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus()), model_writer=model, model_type="unigram", vocab_size=VOCAB - 4, hard_vocab_limit=False,
+        num_threads=1, minloglevel=2, normalization_rule_tsv=str(rules))
+    shutil.rmtree(rules.parent)
+    from sentencepiece import sentencepiece_model_pb2 as protocol
+
+    parsed = protocol.ModelProto.FromString(model.getvalue())
+    vocab = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    vocab += [(piece.piece, piece.score) for piece in parsed.pieces[3:]] + [("<mask>", 0.0)]
+    tokenizer = Tokenizer(models.Unigram(vocab, 3, False))
+    tokenizer.normalizer = normalizers.Precompiled(parsed.normalizer_spec.precompiled_charsmap)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")])
+    tokenizer.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    tokenizer.post_processor = around("<s>", "</s>", "</s>")(tokenizer)
+    return tokenizer
+
+
+def word_pieces():
+    """A vocabulary of WordPiece, as BERT has it."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=VOCAB - 6, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
+                                        show_progress=False)
+    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.post_processor = around("[CLS]", "[SEP]", "")(tokenizer)
     return tokenizer
 
 
@@ -328,8 +489,9 @@ def write(name, options):
     Auto = transformers.AutoModelForCausalLM
     if vision := options.pop("vision_config", None):
         Auto = transformers.AutoModelForImageTextToText
-        options = dict(text_config=options, vision_config=vision, tie_word_embeddings=options["tie_word_embeddings"])
-        model_type = model_type.removesuffix("_text")
+        options = dict(text_config=dict(options, model_type=model_type), vision_config=vision,
+                       tie_word_embeddings=options["tie_word_embeddings"])
+        model_type = WRAPPERS.get(model_type, model_type.removesuffix("_text"))
     config = transformers.AutoConfig.for_model(model_type, **options)
     model = Auto.from_config(config)
     with torch.no_grad():
@@ -342,7 +504,7 @@ def write(name, options):
             weight.copy_(weight.bfloat16().float())
         for key, scalar in model.named_buffers():
             # So do factors of layers and biases of routers.
-            if key.endswith(("layer_scalar", "expert_bias")):
+            if key.endswith(("layer_scalar", "expert_bias", "e_score_correction_bias")):
                 scalar.copy_((1 + 0.2 * torch.randn_like(scalar)).bfloat16().float())
     folder = OUT / name
     shutil.rmtree(folder, ignore_errors=True)
@@ -354,6 +516,12 @@ def write(name, options):
         quantise(folder, name, model)
     if name == "qwen3_5_moe":
         join_experts(folder / "model.safetensors")
+    if model_type == "gemma3n_text":
+        # Runtimes take the deviation of a sample. Published blocks have thousands of elements, where that is the same.
+        def sparse(self, x):
+            return torch.relu(x - x.mean(-1, keepdim=True) - x.std(-1, keepdim=True) * 1.6448536)
+
+        transformers.models.gemma3n.modeling_gemma3n.Gemma3nTextMLP._gaussian_topk = sparse
     if model_type == "gemma4_text":
         # The keys of configurations before per_layer_config.
         path = folder / "config.json"
@@ -392,6 +560,104 @@ def write(name, options):
     print(f"{name}: {size} bytes, logits {logits.std():.2f}")
 
 
+def write_encoder(name, options):
+    options = dict(options)
+    kind, pooling = options.pop("vocabulary"), options.pop("pooling")
+    dense = options.pop("dense", None)
+    tokenizer = {"unigram": unigram, "words": word_pieces}.get(
+        kind, lambda: sentence_pieces(kind) if kind in EXTRA else byte_level(kind))()
+    options = {**ENCODER, "vocab_size": max(VOCAB, tokenizer.get_vocab_size() + 2), **options}
+    if kind == "words":
+        options |= dict(pad_token_id=0, bos_token_id=None, eos_token_id=None)
+    elif kind not in ("unigram", "roberta", "modern"):
+        options |= dict(bos_token_id=tokenizer.token_to_id("<s>"), eos_token_id=tokenizer.token_to_id("</s>"), pad_token_id=None)
+    if kind == "gemma":
+        tokenizer.post_processor = around("<s>", "</s>", "")(tokenizer)
+    if name == "qwen3-embedding":
+        end = "<|end|>"
+        template = processors.TemplateProcessing(single=f"$A {end}", pair=f"$A {end} $B {end}",
+                                                 special_tokens=[(end, tokenizer.token_to_id(end))])
+        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    torch.manual_seed(1)
+    Class = getattr(transformers, options.pop("architecture"))
+    model = Class(Class.config_class(**options))
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if weight.ndim == 1:
+                weight += 0.2 * torch.randn_like(weight)
+            elif "embed" not in key:
+                weight *= 0.7
+            weight.copy_(weight.bfloat16().float())
+    folder = OUT / name
+    shutil.rmtree(folder, ignore_errors=True)
+    model.bfloat16().save_pretrained(folder)
+    model = Class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    text = json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":"))
+    (folder / "tokenizer.json").write_text(text)
+    about = {"bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}}
+    if kind == "words":
+        about = {"cls_token": "[CLS]", "sep_token": "[SEP]", "do_lower_case": True}
+    elif kind in ("unigram", "modern"):
+        about = {"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    matrices = []
+    if pooling != "rank":
+        modules = ["Transformer", "Pooling"] + ["Dense"] * (2 if dense else 0) + ["Normalize"]
+        paths = [f"{i}_{module}" if i else "" for i, module in enumerate(modules)]
+        (folder / "modules.json").write_text(json.dumps([
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{module}"}
+            for i, (module, path) in enumerate(zip(modules, paths))]))
+        (folder / "1_Pooling").mkdir()
+        mode = dict(mean="mean_tokens", cls="cls_token").get(pooling, pooling)
+        (folder / "1_Pooling/config.json").write_text(json.dumps(
+            {f"pooling_mode_{other}": other == mode for other in ("mean_tokens", "cls_token", "lasttoken")}))
+        for path, shape in zip((path for path in paths if "Dense" in path), ((dense, 24), (24, dense))):
+            (folder / path).mkdir()
+            matrices.append((0.4 * torch.randn(shape)).bfloat16())
+            safetensors.torch.save_file({"linear.weight": matrices[-1]}, folder / path / "model.safetensors")
+            (folder / path / "config.json").write_text(json.dumps(dict(
+                in_features=shape[1], out_features=shape[0], bias=False, activation_function="torch.nn.modules.linear.Identity")))
+    texts, results = [], []
+    rng = random.Random(2)
+    if pooling == "rank":
+        for query, document in PAIRS:
+            if "qwen3" in name:
+                ids = tokenizer.encode(RERANK.replace("QUERY", query).replace("DOCUMENT", document)).ids
+                if "<s>" in document:
+                    # What documents say are no control tokens.
+                    halves = RERANK.replace("QUERY", query).split("DOCUMENT")
+                    plain = Tokenizer.from_str(tokenizer.to_str())
+                    plain.encode_special_tokens = True
+                    ids = plain.encode(document.join(halves)).ids
+            else:
+                if "<s>" in document and kind == "unigram":
+                    document = document.replace("<s>", "")
+                ids = tokenizer.encode(query, document).ids
+            texts.append([[query, document], ids])
+    else:
+        texts = [[text, tokenizer.encode(text).ids] for text in TEXTS if not ("qwen" in name and "<s>" in text)]
+        texts.append([None, [rng.randrange(3, tokenizer.get_vocab_size()) for _ in range(TOKENS)]])
+    with torch.no_grad():
+        for _, ids in texts:
+            out = model(input_ids=torch.tensor([ids]))
+            if pooling == "rank":
+                logits = out.logits[0].float()
+                if logits.ndim > 1:
+                    answers = [tokenizer.token_to_id(answer) for answer in ("yes", "no")]
+                    logits = logits[-1, answers].softmax(0)[:1]
+                results.append(logits)
+                continue
+            hidden = out.last_hidden_state[0].float()
+            vector = dict(mean=hidden.mean(0), cls=hidden[0], lasttoken=hidden[-1])[pooling]
+            for matrix in matrices:
+                vector = matrix.float() @ vector
+            results.append(vector / vector.norm())
+    (folder / "expected.json").write_text(json.dumps({"texts": texts}, ensure_ascii=False))
+    torch.stack(results).numpy().astype("<f4").tofile(folder / "vectors.f32")
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"{name}: {size} bytes, {[round(float(x), 3) for x in torch.stack(results)[:, 0]]}")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--check", nargs=2, type=pathlib.Path, metavar=("FOLDER", "LOGITS"))
@@ -407,9 +673,10 @@ def main():
         got = np.fromfile(file, "<f4").reshape(want.shape)
         print(f"normalised mean square error {((got - want) ** 2).mean() / (want**2).mean():.3g}")
         return
-    for name, options in FAMILIES.items():
-        if not args.names or name in args.names:
-            write(name, options)
+    for families, write_one in ((FAMILIES, write), (ENCODERS, write_encoder)):
+        for name, options in families.items():
+            if not args.names or name in args.names:
+                write_one(name, options)
 
 
 main()
