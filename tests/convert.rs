@@ -102,8 +102,14 @@ const ENCODERS: &[&str] = &[
     "xlm-roberta",
 ];
 
-const RERANKERS: &[&str] =
-    &["bert-rank", "qwen3-reranker", "qwen3-reranker-scores", "qwen3-reranker-untied", "xlm-roberta-rank"];
+const RERANKERS: &[&str] = &[
+    "bert-rank",
+    "bert-rank-types",
+    "qwen3-reranker",
+    "qwen3-reranker-scores",
+    "qwen3-reranker-untied",
+    "xlm-roberta-rank",
+];
 
 fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/convert").join(name)
@@ -861,7 +867,14 @@ fn what_encoders_lack_is_named() {
         ("xlm-roberta", VOCABULARY, "/added_tokens/4/special", json!(false), "special ones"),
         ("xlm-roberta-rank", VOCABULARY, "/post_processor/pair", json!([]), "between two texts"),
         ("xlm-roberta-rank", CONFIG, "/id2label", json!({"0": "a", "1": "b"}), "expected one label"),
-        ("bert-rank", CONFIG, "/type_vocab_size", json!(2), "token types"),
+        (
+            "bert-rank-types",
+            VOCABULARY,
+            "/post_processor/pair/3/Sequence/type_id",
+            json!(0),
+            "types 0 of the first text",
+        ),
+        ("bert-rank-types", CONFIG, "/type_vocab_size", json!(3), "token_types.weight"),
         ("bert-rank", CONFIG, "/architectures/0", json!("BertModel"), "`classifier.bias` is unknown"),
         (
             "bert-unigram",

@@ -252,6 +252,9 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let kind = fast.object("model")?;
     let word_pieces = kind.is_none_or(|model| model.get("type").is_none_or(|kind| kind == "WordPiece"));
     let mut left_out = Vec::new();
+    if ranks && config.optional_u32("type_vocab_size")?.is_some_and(|types| types > 1) {
+        types_of_pairs(&fast)?;
+    }
     match word_pieces {
         true => wordpiece::write(folder, w)?,
         false => {
@@ -325,6 +328,25 @@ fn window(config: &Json, architecture: &str, w: &mut Writer) -> Result<()> {
         Some(period) => w.entry(&pattern, period as u32),
         None => w.entry(&pattern, &list[..]),
     }
+}
+
+/// Rejects a template that gives tokens other types than 0 up to the token that ends the first text, and 1 behind it.
+fn types_of_pairs(fast: &Json) -> Result<()> {
+    let Some(post) = fast.object("post_processor")? else { return Ok(()) };
+    let mut part = 0;
+    let mut is_behind_first = false;
+    for piece in post.get("pair").and_then(Value::as_array).into_iter().flatten() {
+        let of = |kind: &str, key: &str| piece.pointer(&format!("/{kind}/{key}"));
+        let kind = of("Sequence", "type_id").or(of("SpecialToken", "type_id")).and_then(Value::as_u64);
+        if kind != Some(part) {
+            return Err(post.wrong("pair", "types 0 of the first text and 1 of the second one", piece));
+        }
+        if is_behind_first {
+            part = 1;
+        }
+        is_behind_first = of("Sequence", "id").is_some_and(|id| *id == "A");
+    }
+    Ok(())
 }
 
 /// Whether the model scores its texts.

@@ -211,6 +211,7 @@ ENCODERS = {
     "qwen3-embedding": dict(architecture="Qwen3Model", vocabulary="qwen2", pooling="lasttoken", head_dim=8, num_key_value_heads=2,
                             tie_word_embeddings=True, pad_token_id=None),
     "bert-rank": dict(architecture="BertForSequenceClassification", vocabulary="words", pooling="rank", type_vocab_size=1, **LABEL),
+    "bert-rank-types": dict(architecture="BertForSequenceClassification", vocabulary="words", pooling="rank", type_vocab_size=2, **LABEL),
     "xlm-roberta-rank": dict(architecture="XLMRobertaForSequenceClassification", vocabulary="unigram", pooling="rank",
                              type_vocab_size=1, layer_norm_eps=1e-5, **LABEL),
     "qwen3-reranker": dict(architecture="Qwen3ForCausalLM", vocabulary="yes", pooling="rank", head_dim=8, num_key_value_heads=2,
@@ -578,6 +579,10 @@ def write_encoder(name, options):
         template = processors.TemplateProcessing(single=f"$A {end}", pair=f"$A {end} $B {end}",
                                                  special_tokens=[(end, tokenizer.token_to_id(end))])
         tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    if pooling == "rank" and options.get("type_vocab_size", 1) > 1:
+        special = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special)
     torch.manual_seed(1)
     Class = getattr(transformers, options.pop("architecture"))
     model = Class(Class.config_class(**options))
@@ -617,7 +622,7 @@ def write_encoder(name, options):
             safetensors.torch.save_file({"linear.weight": matrices[-1]}, folder / path / "model.safetensors")
             (folder / path / "config.json").write_text(json.dumps(dict(
                 in_features=shape[1], out_features=shape[0], bias=False, activation_function="torch.nn.modules.linear.Identity")))
-    texts, results = [], []
+    texts, results, types = [], [], {}
     rng = random.Random(2)
     if pooling == "rank":
         for query, document in PAIRS:
@@ -632,14 +637,17 @@ def write_encoder(name, options):
             else:
                 if "<s>" in document and kind == "unigram":
                     document = document.replace("<s>", "")
-                ids = tokenizer.encode(query, document).ids
+                pair = tokenizer.encode(query, document)
+                ids = pair.ids
+                if model.config.type_vocab_size > 1:
+                    types[len(texts)] = pair.type_ids
             texts.append([[query, document], ids])
     else:
         texts = [[text, tokenizer.encode(text).ids] for text in TEXTS if not ("qwen" in name and "<s>" in text)]
         texts.append([None, [rng.randrange(3, tokenizer.get_vocab_size()) for _ in range(TOKENS)]])
     with torch.no_grad():
-        for _, ids in texts:
-            out = model(input_ids=torch.tensor([ids]))
+        for at, (_, ids) in enumerate(texts):
+            out = model(input_ids=torch.tensor([ids]), **({"token_type_ids": torch.tensor([types[at]])} if at in types else {}))
             if pooling == "rank":
                 logits = out.logits[0].float()
                 if logits.ndim > 1:
