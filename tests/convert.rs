@@ -94,6 +94,7 @@ const FAMILIES: &[&str] = &[
 
 const ENCODERS: &[&str] = &[
     "bert-unigram",
+    "distilbert",
     "embedding_gemma",
     "modernbert",
     "nomic_bert",

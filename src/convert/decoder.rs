@@ -163,6 +163,14 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let rope = Rope { config, architecture, head_dim, default_base: family.rope_base, default_local: None };
     let vectors = if family.has_rope { rope.write(w)? } else { Vec::new() };
     sections(config, architecture, w)?;
+    if matches!(architecture, "ernie4_5-moe" | "exaone-moe") {
+        let shared = match config.optional_u32("moe_num_shared_experts")? {
+            Some(shared) => shared,
+            None => config.optional_u32("num_shared_experts")?.unwrap_or(0),
+        };
+        let hidden = config.u32("moe_intermediate_size")?.saturating_mul(shared);
+        w.entry(&format!("{architecture}.expert_shared_feed_forward_length"), hidden)?;
+    }
     if model_type == "ministral3"
         && let Some(rope) = config.object("rope_parameters")?
         && let Some(scale) = rope.optional_f64("llama_4_scaling_beta")?
@@ -721,7 +729,9 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
         }
         (None, None) => default.clone(),
     };
-    if windowed != default || family.architecture == "gemma4" {
+    // Files of these always list the layers.
+    let lists = matches!(family.architecture, "exaone4" | "exaone-moe" | "gemma3n" | "gemma4");
+    if windowed != default || lists {
         match family.window {
             Window::All if windowed.contains(&true) => {
                 return Err(config.wrong("layer_types", "the same for every layer", "some of each"));
