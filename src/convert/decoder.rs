@@ -8,7 +8,7 @@ use super::families::{
     FAMILIES, Family, GRANITE_4_ONLY, GRANITE_4_SHARED, NAMES, NOPE_PERIOD, Names, OPTIONAL, REQUIRED,
     UNUSED, Window,
 };
-use super::folder::{Json, has, read_text};
+use super::folder::{Json, has, read_bytes};
 use super::options;
 use super::part::Scheme;
 use super::rope::Rope;
@@ -21,6 +21,7 @@ use crate::rank;
 
 /// Where a folder says in words what it is.
 const README: &str = "README.md";
+const MAX_README_BYTES: u64 = 1 << 20;
 
 /// The first of Gemma 3n's layers keep the largest elements of their gates, and the share that they do not keep.
 const SPARSE_LAYERS: usize = 10;
@@ -335,8 +336,9 @@ impl Reranker {
         let mut is_named =
             names.into_iter().flatten().any(|name| name.to_lowercase().contains("qwen3-reranker"));
         if is_qwen && !is_named && has(folder, README) {
-            let text = read_text(folder, README)?.to_lowercase();
-            is_named = text.contains("# qwen3-reranker");
+            // Whatever else it has is of no concern.
+            let bytes = read_bytes(folder, README, MAX_README_BYTES).unwrap_or_default();
+            is_named = String::from_utf8_lossy(&bytes).to_lowercase().contains("# qwen3-reranker");
         }
         match (is_qwen && is_named, scores) {
             (true, true) => Ok(Some(Reranker::Scores)),
