@@ -94,6 +94,7 @@ const FAMILIES: &[&str] = &[
 
 const ENCODERS: &[&str] = &[
     "bert-unigram",
+    "distilbert",
     "embedding_gemma",
     "modernbert",
     "nomic_bert",
@@ -317,6 +318,15 @@ fn chat_templates_are_found() {
     }
     let model = converted(&folder("qwen3"), Format::F16).unwrap();
     assert_eq!(model.gguf().optional_str("tokenizer.chat_template").unwrap(), None);
+    // Only its text says that this is a reranker.
+    let copy = Copy::of("qwen3-reranker");
+    let rerank = |copy: &Copy| {
+        let model = converted(&copy.0, Format::F16).unwrap();
+        model.gguf().optional_str("tokenizer.chat_template.rerank").unwrap().is_some()
+    };
+    assert!(!rerank(&copy));
+    std::fs::write(copy.0.join("README.md"), b"\xff\n# Qwen3-Reranker-0.6B\n").unwrap();
+    assert!(rerank(&copy));
 }
 
 fn copy_files(from: &Path, to: &Path) {
@@ -687,6 +697,18 @@ fn codes_without_elements_are_refused() {
         std::fs::write(copy.0.join("model.safetensors"), bytes).unwrap();
         copy.is_refused("no elements", "its codes: expected a matrix of I32 with elements");
     }
+    for (family, name) in [
+        ("xlm-roberta", "embeddings.position_embeddings.weight"),
+        ("deepseek_v3", "model.layers.0.self_attn.kv_b_proj.weight"),
+        ("qwen3-reranker", "model.embed_tokens.weight"),
+    ] {
+        let copy = Copy::of(family);
+        std::fs::write(copy.0.join("README.md"), "# Qwen3-Reranker").unwrap();
+        let view = TensorView::new(Dtype::F32, vec![many, 0], &[]).unwrap();
+        let bytes = safetensors::serialize([(name, view)], None).unwrap();
+        std::fs::write(copy.0.join("model.safetensors"), bytes).unwrap();
+        copy.is_refused("no elements", "expected a matrix with elements");
+    }
 }
 
 /// tokenizer.model of other kinds is refused; cut off or with other bytes, it is refused or opened.
@@ -892,6 +914,7 @@ fn what_encoders_lack_is_named() {
         ),
         ("modernbert", CONFIG, "/hidden_activation", json!("relu"), "gelu or silu"),
         ("modernbert", CONFIG, "/layer_types", json!(["full_attention"]), "for each layer"),
+        ("modernbert", CONFIG, "/num_hidden_layers", json!(1 << 20), "num_hidden_layers"),
         ("modernbert", CONFIG, "/local_attention", Value::Null, "local_attention"),
         ("nomic_bert", CONFIG, "/hidden_act", json!("gelu"), "expected silu, got"),
         ("nomic_bert", CONFIG, "/moe_every_n_layers", json!(2), "moe_every_n_layers"),

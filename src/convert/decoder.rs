@@ -8,7 +8,7 @@ use super::families::{
     FAMILIES, Family, GRANITE_4_ONLY, GRANITE_4_SHARED, NAMES, NOPE_PERIOD, Names, OPTIONAL, REQUIRED,
     UNUSED, Window,
 };
-use super::folder::{Json, has, read_text};
+use super::folder::{Json, has, read_bytes};
 use super::options;
 use super::part::Scheme;
 use super::rope::Rope;
@@ -21,6 +21,7 @@ use crate::rank;
 
 /// Where a folder says in words what it is.
 const README: &str = "README.md";
+const MAX_README_BYTES: u64 = 1 << 20;
 
 /// The first of Gemma 3n's layers keep the largest elements of their gates, and the share that they do not keep.
 const SPARSE_LAYERS: usize = 10;
@@ -163,6 +164,14 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let rope = Rope { config, architecture, head_dim, default_base: family.rope_base, default_local: None };
     let vectors = if family.has_rope { rope.write(w)? } else { Vec::new() };
     sections(config, architecture, w)?;
+    if matches!(architecture, "ernie4_5-moe" | "exaone-moe") {
+        let shared = match config.optional_u32("moe_num_shared_experts")? {
+            Some(shared) => shared,
+            None => config.optional_u32("num_shared_experts")?.unwrap_or(0),
+        };
+        let hidden = config.u32("moe_intermediate_size")?.saturating_mul(shared);
+        w.entry(&format!("{architecture}.expert_shared_feed_forward_length"), hidden)?;
+    }
     if model_type == "ministral3"
         && let Some(rope) = config.object("rope_parameters")?
         && let Some(scale) = rope.optional_f64("llama_4_scaling_beta")?
@@ -327,8 +336,9 @@ impl Reranker {
         let mut is_named =
             names.into_iter().flatten().any(|name| name.to_lowercase().contains("qwen3-reranker"));
         if is_qwen && !is_named && has(folder, README) {
-            let text = read_text(folder, README)?.to_lowercase();
-            is_named = text.contains("# qwen3-reranker");
+            // Whatever else it has is of no concern.
+            let bytes = read_bytes(folder, README, MAX_README_BYTES).unwrap_or_default();
+            is_named = String::from_utf8_lossy(&bytes).to_lowercase().contains("# qwen3-reranker");
         }
         match (is_qwen && is_named, scores) {
             (true, true) => Ok(Some(Reranker::Scores)),
@@ -721,7 +731,9 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
         }
         (None, None) => default.clone(),
     };
-    if windowed != default || family.architecture == "gemma4" {
+    // Files of these always list the layers.
+    let lists = matches!(family.architecture, "exaone4" | "exaone-moe" | "gemma3n" | "gemma4");
+    if windowed != default || lists {
         match family.window {
             Window::All if windowed.contains(&true) => {
                 return Err(config.wrong("layer_types", "the same for every layer", "some of each"));

@@ -40,6 +40,9 @@ struct Family {
     has_window: bool,
 }
 
+/// Maximum layers, of which periods are sought; the runtime's limit is lower.
+const MAX_LAYERS: usize = 1 << 12;
+
 /// Options of all families, the first of which is required.
 const KEYS: &[Key] = &[
     ("vocab_size", &["vocab_size"], Kind::U32),
@@ -319,6 +322,9 @@ fn window(config: &Json, architecture: &str, w: &mut Writer) -> Result<()> {
     };
     let list: Option<Vec<bool>> = types.as_array().and_then(|list| list.iter().map(windowed).collect());
     let layers = config.u32("num_hidden_layers")? as usize;
+    if layers > MAX_LAYERS {
+        return Err(config.wrong("num_hidden_layers", &format!("at most {MAX_LAYERS}"), layers));
+    }
     let list = list.filter(|list| list.len() == layers).ok_or_else(|| {
         config.wrong("layer_types", "sliding_attention or full_attention for each layer", types)
     })?;

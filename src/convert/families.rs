@@ -307,7 +307,8 @@ const NEMOTRON_H: Names = &[
 
 const FALCON_H1: Names = &[
     ("final_layernorm", "output_norm"),
-    ("layers.{}.pre_ff_layernorm", "blk.{}.ffn_norm"),
+    // Its files leave out the ending.
+    ("layers.{}.pre_ff_layernorm.weight", "blk.{}.ffn_norm"),
     ("layers.{}.feed_forward.gate_proj", "blk.{}.ffn_gate"),
     ("layers.{}.feed_forward.up_proj", "blk.{}.ffn_up"),
     ("layers.{}.feed_forward.down_proj", "blk.{}.ffn_down"),

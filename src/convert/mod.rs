@@ -435,8 +435,9 @@ impl Plan {
 impl Rows {
     /// Takes these rows of a matrix.
     fn of<'a>(&self, whole: &Target<'a>) -> Result<Target<'a>, String> {
-        let &[columns, rows] = &whole.dims[..] else {
-            return Err(format!("expected a matrix, got the shape {:?}", whole.dims));
+        // A matrix without elements may say that it has any number of rows.
+        let &[columns @ (1..), rows] = &whole.dims[..] else {
+            return Err(format!("expected a matrix with elements, got the shape {:?}", whole.dims));
         };
         let all = usize::try_from(rows).unwrap_or(0);
         let taken: Vec<usize> = match self {

@@ -173,6 +173,16 @@ impl Rope<'_> {
                     w.entry(&entry("yarn_log_multiplier"), (0.1 * all) as f32)?;
                     return Ok(Vec::new());
                 }
+                if let ("mistral3", None, Some(1.0), Some(all)) = (
+                    *architecture,
+                    attention_factor,
+                    p.optional_f64("mscale")?,
+                    p.optional_f64("mscale_all_dim")?,
+                ) && all > 0.0
+                {
+                    w.entry(&entry("yarn_log_multiplier"), all as f32)?;
+                    return Ok(Vec::new());
+                }
                 let growth = |by: f64| if factor > 1.0 { 0.1 * by * factor.ln() + 1.0 } else { 1.0 };
                 let default = growth(1.0);
                 let computed = match (p.optional_f64("mscale")?, p.optional_f64("mscale_all_dim")?) {

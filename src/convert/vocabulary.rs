@@ -623,6 +623,9 @@ fn special(
         ("unknown", unknown.map(id_of).transpose()?),
         ("padding", by_text("pad_token")?),
     ];
+    if task != Task::Generate {
+        ids.push(("mask", by_text("mask_token")?));
+    }
     // GGUF has two more keys for tokens that end a text.
     let mut others = ends.iter().copied().filter(|&id| Some(id) != eos);
     ids.extend(["eot", "eom"].map(|name| (name, others.next())));
