@@ -899,11 +899,11 @@ fn what_encoders_lack_is_named() {
         ("bert-rank-types", CONFIG, "/type_vocab_size", json!(3), "token_types.weight"),
         ("bert-rank", CONFIG, "/architectures/0", json!("BertModel"), "`classifier.bias` is unknown"),
         (
-            "bert-unigram",
+            "xlm-roberta",
             CONFIG,
             "/architectures/0",
-            json!("BertForSequenceClassification"),
-            "`classifier.weight` is missing",
+            json!("XLMRobertaForSequenceClassification"),
+            "`classifier.dense.weight` is missing",
         ),
         (
             "modernbert",
