@@ -468,7 +468,7 @@ impl Shifted {
         }
         let mut order = [(0.0, 0); 32];
         let order = &mut order[..count];
-        // 0.0 is added so that -0.0 is as large as 0.0.
+        // Of equal values the first one comes first; 0.0 is added so that -0.0 is as large as 0.0.
         order.iter_mut().zip(x).enumerate().for_each(|(i, (place, x))| *place = (x + 0.0, i));
         order.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
         // Sums of the values up to a place, of each part with a shift of its own.
