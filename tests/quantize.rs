@@ -72,6 +72,16 @@ fn perplexity(bytes: &[u8]) -> f64 {
     (losses.sum::<f64>() / (tokens.len() - 1) as f64).exp()
 }
 
+/// A matrix of importance in which all columns are alike.
+fn ones(from: &Gguf) -> Imatrix {
+    let mut imatrix = Imatrix::default();
+    for tensor in from.tensors().filter(|tensor| tensor.record.name.starts_with("blk.")) {
+        let squares = vec![1.0; tensor.record.dims[0] as usize];
+        imatrix.sums.insert(tensor.record.name.clone(), Sums { squares, counts: vec![1.0] });
+    }
+    imatrix
+}
+
 #[test]
 fn the_built_in_model_stays_one() {
     let from = austen();
@@ -96,6 +106,12 @@ fn the_built_in_model_stays_one() {
         assert!(after < before * bound, "{mix} by importance: {before} to {after}");
         let blocks = tensors.iter().filter(|t| t.name.starts_with("blk.") && t.error.is_some());
         assert!(blocks.into_iter().all(|tensor| tensor.important));
+    }
+    for (mix, bound) in [("iq3_m", 1.5), ("iq3_xxs", 2.5), ("iq2_m", 4.0)] {
+        let (bytes, _) = written(&from, &options(mix).imatrix(imatrix.clone())).unwrap();
+        let after = perplexity(&bytes);
+        println!("{mix}: {} bytes, by importance {after:.3}", bytes.len());
+        assert!(after < before * bound, "{mix} by importance: {before} to {after}");
     }
     let formats = |name: &str| {
         let (_, tensors) = written(&from, &options("q4_k_m")).unwrap();
@@ -133,8 +149,16 @@ fn formats_can_be_chosen() {
     assert_eq!(of("output_norm.weight"), Format::F32);
     let (_, all) = written(&from, &options("q4_0").pure(true)).unwrap();
     assert!(all.iter().all(|t| t.to == Format::F32 || t.to == Format::Q4_0));
-    for mix in MIXES.iter().filter(|mix| mix.name != "q2_k_s") {
-        written(&from, &QuantizeOptions::new(mix).threads(1)).unwrap();
+    for mix in MIXES {
+        let mut options = QuantizeOptions::new(mix).threads(1);
+        let needs = ["iq1", "iq2", "iq3_x", "q2_k_s"].iter().any(|name| mix.name.starts_with(name));
+        if needs {
+            let error = written(&from, &options).unwrap_err().to_string();
+            assert!(error.ends_with("needs a matrix of importance"), "{error}");
+            options = options.imatrix(ones(&from));
+        }
+        let (_, all) = written(&from, &options).unwrap();
+        assert!(all.iter().any(|t| t.to == mix.format || mix.name == "mxfp4_moe"), "{}", mix.name);
     }
 }
 
@@ -150,9 +174,19 @@ fn what_cannot_be_quantised_is_named() {
     let error = fails(&from, options("q4_0").tensors(tensors("(", Format::F16)));
     assert!(error.starts_with("pattern of tensors: expected a regular expression, got `(`"), "{error}");
     assert_eq!(
-        fails(&from, options("q4_0").tensors(tensors("ffn_up", Format::IQ2_XS))),
-        "model: tensor `blk.0.ffn_up.weight`: no quantiser for IQ2_XS"
+        fails(&from, options("q4_0").tensors(tensors("ffn_up", Format::I64))),
+        "model: tensor `blk.0.ffn_up.weight`: no quantiser for I64"
     );
+    assert_eq!(
+        fails(&from, options("q4_0").tensors(tensors("ffn_up", Format::IQ2_XS))),
+        "model: tensor `blk.0.ffn_up.weight`: IQ2_XS in the mix q4_0 needs a matrix of importance"
+    );
+    let mut lacking = ones(&from);
+    lacking.sums.remove("blk.0.ffn_up.weight");
+    let error = fails(&from, options("iq2_xxs").imatrix(lacking));
+    assert!(error.ends_with("needs a matrix of importance, and the one given lacks the tensor"), "{error}");
+    let error = fails(&from, options("iq1_s").imatrix(ones(&from)).pure(true));
+    assert!(error.contains("`token_embd.weight`: IQ1_S in the mix iq1_s needs"), "{error}");
     let error = fails(&from, options("q2_k_s"));
     assert!(error.ends_with("the mix q2_k_s needs a matrix of importance"), "{error}");
     let (four, _) = written(&from, &options("q4_0")).unwrap();

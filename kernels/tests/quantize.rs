@@ -93,7 +93,10 @@ fn blocks_are_the_published_ones() {
         let values = values(words[2]);
         let blocks = quantize(format, &values, weights);
         let got = blocks.chunks(format.row_bytes(256).unwrap()).map(|bytes| format!("{:08x}", hash(bytes)));
-        let equal = got.zip(&words[3..]).filter(|(got, want)| got == *want).count();
+        // GGML puts what follows a group of zeros in its place, if the format is IQ3_S (see below).
+        let own = |at: usize| format == Format::IQ3_S && words[2] == "edges" && at / 3 % 8 == 5;
+        let equal =
+            got.zip(&words[3..]).enumerate().filter(|(at, (got, want))| got == *want || own(*at)).count();
         let all = words.len() - 3;
         println!(
             "{} {} {}: {equal} of {all} equal, error {:.5}",
@@ -109,14 +112,30 @@ fn blocks_are_the_published_ones() {
     assert!(wrong.is_empty(), "blocks that are equal:\n{}", wrong.join("\n"));
 }
 
+/// GGML's blocks of IQ3_S do not: their groups move.
+#[test]
+fn groups_stay_where_they_are_among_zeros() {
+    let mut values = vec![0.0; 256];
+    (values[77], values[205]) = (1.0, -0.5);
+    for format in quantisers().filter(|format| format.block_len() == 256) {
+        let mut blocks = vec![0; format.block_bytes()];
+        format.quantize_weights(&values, Some(&[1.0; 256]), &mut blocks).unwrap();
+        let mut out = vec![0.0; 256];
+        format.dequantize(&blocks, &mut out).unwrap();
+        assert!(out[77] > 0.5 && out[205] < -0.1, "{format:?}: {} and {}", out[77], out[205]);
+    }
+}
+
 /// Those with a quantiser that are not plain.
 fn quantisers() -> impl Iterator<Item = Format> {
     let values = [0.0; 256];
     Format::ALL.iter().copied().filter(move |&format| {
         let mut blocks = vec![0; format.row_bytes(256).unwrap()];
-        format.block_len() > 1 && format.quantize_weights(&values, None, &mut blocks).is_ok()
+        format.block_len() > 1 && format.quantize_weights(&values, Some(&[1.0; 256]), &mut blocks).is_ok()
     })
 }
+
+const NEED_IMPORTANCE: [Format; 3] = [Format::IQ2_XXS, Format::IQ2_XS, Format::IQ1_S];
 
 #[test]
 fn hostile_values_become_some_blocks() {
@@ -134,7 +153,7 @@ fn hostile_values_become_some_blocks() {
         1.0,
         65_520.0,
     ];
-    assert_eq!(quantisers().count(), 17);
+    assert_eq!(quantisers().count(), 27);
     let mut random = Random(5);
     let mut pick = |_| WORST[random.next() as usize % WORST.len()];
     for round in 0..200 {
@@ -150,8 +169,10 @@ fn hostile_values_become_some_blocks() {
             let mut blocks = vec![0; format.row_bytes(256).unwrap()];
             let mut out = vec![0.0; 256];
             for importance in [None, Some(&weights[..])] {
-                format.quantize_weights(&values, importance, &mut blocks).unwrap();
-                format.dequantize(&blocks, &mut out).unwrap();
+                if importance.is_some() || !NEED_IMPORTANCE.contains(&format) {
+                    format.quantize_weights(&values, importance, &mut blocks).unwrap();
+                    format.dequantize(&blocks, &mut out).unwrap();
+                }
             }
         }
     }
@@ -163,14 +184,23 @@ fn zeros_stay_zeros_and_signs_stay() {
         let mut blocks = vec![0xff; format.row_bytes(256).unwrap()];
         let mut out = vec![1.0; 256];
         for importance in [None, Some(&[0.0; 256][..]), Some(&[1.0; 256][..])] {
+            if importance.is_none() && NEED_IMPORTANCE.contains(&format) {
+                continue;
+            }
             format.quantize_weights(&[0.0; 256], importance, &mut blocks).unwrap();
             assert!(format.is_finite(&blocks), "{format:?}");
             format.dequantize(&blocks, &mut out).unwrap();
             assert!(out.iter().all(|&value| value == 0.0), "{format:?}");
         }
-        let values: Vec<f32> = (0..256).map(|i| if i % 3 == 0 { -1.0 } else { 1.0 }).collect();
-        format.quantize_weights(&values, None, &mut blocks).unwrap();
+        // An even number of values of each eight is negative, as some formats have it.
+        let values: Vec<f32> = (0..256).map(|i| if i % 4 == 0 { -1.0 } else { 1.0 }).collect();
+        format.quantize_weights(&values, Some(&[1.0; 256]), &mut blocks).unwrap();
         format.dequantize(&blocks, &mut out).unwrap();
+        if ["IQ1", "IQ2", "IQ3"].iter().any(|name| format.name().starts_with(name)) {
+            // Such values are far from all points.
+            assert!(error(format, &values, &blocks) < 0.6, "{format:?}");
+            continue;
+        }
         for (x, y) in values.iter().zip(&out) {
             assert!((x - y).abs() < 0.2, "{format:?}: {x} became {y}");
         }
@@ -183,6 +213,13 @@ fn importance_of_another_length_is_an_error() {
     let got = Format::Q4_K.quantize_weights(&[0.0; 256], Some(&[1.0; 255]), &mut blocks);
     assert_eq!(got, Err(FormatError::Columns { expected: 256, got: 255 }));
     assert_eq!(got.unwrap_err().to_string(), "importance of columns: expected 256, got 255");
-    let got = Format::IQ2_XS.quantize_weights(&[0.0; 256], None, &mut [0; 74]);
-    assert_eq!(got, Err(FormatError::NoQuantiser(Format::IQ2_XS)));
+    for format in NEED_IMPORTANCE {
+        let mut blocks = vec![0; format.block_bytes()];
+        let got = format.quantize_weights(&[0.0; 256], None, &mut blocks);
+        assert_eq!(got, Err(FormatError::NoImportance(format)));
+    }
+    let got = Format::IQ2_XS.quantize_weights(&[0.0; 256], None, &mut [0; 74]).unwrap_err();
+    assert_eq!(got.to_string(), "IQ2_XS: it needs the importance of columns");
+    let got = Format::I64.quantize_weights(&[0.0], None, &mut [0; 8]);
+    assert_eq!(got, Err(FormatError::NoQuantiser(Format::I64)));
 }

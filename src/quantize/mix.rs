@@ -18,8 +18,18 @@ pub struct Mix {
     /// The format of most matrices.
     pub format: Format,
     rules: &'static [Rule],
-    /// Whether the attention's output takes Q5_K in mixtures of eight experts.
-    eight: bool,
+    eight: Eight,
+}
+
+/// What the attention takes in mixtures of eight experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Eight {
+    /// Q8_0 for keys and values.
+    Inputs,
+    /// Q8_0 for keys and values, Q5_K for its output.
+    All,
+    /// Q4_K for keys, Q5_K for its output, in mixes of about two bits. These count layers by their matrices.
+    Low,
 }
 
 /// The first rule that holds gives the format.
@@ -36,8 +46,12 @@ enum Part {
     Value,
     AttentionOutput,
     Down,
+    Gate,
+    Up,
     Other,
 }
+
+const PARTS: usize = Part::Other as usize + 1;
 
 #[derive(Debug, Clone, Copy)]
 enum When {
@@ -48,6 +62,7 @@ enum When {
     /// The architecture is `falcon`.
     Falcon,
     NotFalcon,
+    EightExperts,
 }
 
 /// The layers of a rule.
@@ -59,59 +74,112 @@ enum Where {
     FirstSixteenth,
     /// The first and the last eighth, and every third one between.
     More,
+    /// Between the first and the last eighth.
+    Middle,
     /// Every one, if four or more query heads share keys and values.
     Shared,
+    /// Every one, in such a model or in a mixture of four or more experts.
+    SharedOrExperts,
 }
 
-use Part::{AttentionOutput, Down, Embedding, Value};
-use When::{Always, Falcon, Important, NotFalcon, Unimportant};
-use Where::{Every, First, FirstEighth, FirstSixteenth, More, Shared};
+use Eight::{All, Inputs, Low};
+use Part::{AttentionOutput, Down, Embedding, Gate, Head, Key, Query, Up, Value};
+use When::{Always, EightExperts, Falcon, Important, NotFalcon, Unimportant};
+use Where::{Every, First, FirstEighth, FirstSixteenth, Middle, More, Shared, SharedOrExperts};
 
-const fn mix(name: &'static str, file_type: u32, format: Format, eight: bool, rules: &'static [Rule]) -> Mix {
+const fn mix(
+    name: &'static str,
+    file_type: u32,
+    format: Format,
+    eight: Eight,
+    rules: &'static [Rule],
+) -> Mix {
     Mix { name, file_type, format, rules, eight }
 }
 
 const TERNARY: &[Rule] = &[(Embedding, Always, Every, Q4_K)];
+const IQ1: &[Rule] = &[
+    (Head, Always, Every, Q5_K),
+    (Embedding, Always, Every, Q2_K),
+    (Value, Always, SharedOrExperts, Q4_K),
+    (Value, Always, Every, Q2_K),
+    (Down, Always, FirstEighth, Q2_K),
+    (AttentionOutput, Always, Every, IQ2_XXS),
+];
+/// Those of IQ1, without the one for the attention's output.
+const IQ2_SMALL: &[Rule] = IQ1.split_at(5).0;
+const IQ2: &[Rule] = &[
+    (Head, Always, Every, Q5_K),
+    (Embedding, Always, Every, IQ3_S),
+    (Value, Always, SharedOrExperts, Q4_K),
+    (Value, Always, Every, IQ3_S),
+    (Down, Always, FirstEighth, IQ3_S),
+    (AttentionOutput, Always, Every, IQ3_S),
+];
 const IQ4: &[Rule] = &[(Value, Always, Shared, Q5_K), (Down, Unimportant, FirstEighth, Q5_K)];
 
 /// All mixes.
 #[rustfmt::skip]
 pub static MIXES: &[Mix] = &[
-    mix("f32", 0, F32, false, &[]),
-    mix("f16", 1, F16, false, &[]),
-    mix("bf16", 32, BF16, false, &[]),
-    mix("q8_0", 7, Q8_0, false, &[]),
-    mix("q4_0", 2, Q4_0, false, &[(Down, Important, FirstEighth, Q4_1)]),
-    mix("q4_1", 3, Q4_1, false, &[]),
-    mix("q5_0", 8, Q5_0, false, &[(Down, Important, FirstEighth, Q5_1)]),
-    mix("q5_1", 9, Q5_1, false, &[]),
-    mix("q2_k", 10, Q2_K, true, &[
+    mix("f32", 0, F32, Inputs, &[]),
+    mix("f16", 1, F16, Inputs, &[]),
+    mix("bf16", 32, BF16, Inputs, &[]),
+    mix("q8_0", 7, Q8_0, Inputs, &[]),
+    mix("q4_0", 2, Q4_0, Inputs, &[(Down, Important, FirstEighth, Q4_1)]),
+    mix("q4_1", 3, Q4_1, Inputs, &[]),
+    mix("q5_0", 8, Q5_0, Inputs, &[(Down, Important, FirstEighth, Q5_1)]),
+    mix("q5_1", 9, Q5_1, Inputs, &[]),
+    mix("q2_k", 10, Q2_K, All, &[
         (Value, Always, Shared, Q4_K), (Value, Always, Every, Q3_K), (Down, Always, Every, Q3_K),
         (AttentionOutput, NotFalcon, Every, Q3_K),
     ]),
-    mix("q2_k_s", 21, Q2_K, false, &[(Value, Always, Shared, Q4_K), (Down, Always, FirstEighth, Q4_K)]),
-    mix("q3_k_s", 11, Q3_K, true, &[]),
-    mix("q3_k_m", 12, Q3_K, true, &[
+    mix("q2_k_s", 21, Q2_K, Inputs, &[(Value, Always, Shared, Q4_K), (Down, Always, FirstEighth, Q4_K)]),
+    mix("q3_k_s", 11, Q3_K, All, &[]),
+    mix("q3_k_m", 12, Q3_K, All, &[
         (Value, Always, First(2), Q5_K), (Value, Always, Every, Q4_K), (Down, Always, FirstSixteenth, Q5_K),
         (Down, NotFalcon, Every, Q4_K), (Down, Falcon, More, Q4_K), (AttentionOutput, NotFalcon, Every, Q4_K),
     ]),
-    mix("q3_k_l", 13, Q3_K, false, &[
+    mix("q3_k_l", 13, Q3_K, Inputs, &[
         (Value, Always, Every, Q5_K), (Down, Falcon, Every, Q4_K), (Down, NotFalcon, Every, Q5_K),
         (AttentionOutput, Falcon, Every, Q4_K), (AttentionOutput, NotFalcon, Every, Q5_K),
     ]),
-    mix("q4_k_s", 14, Q4_K, true, &[(Value, Always, First(4), Q5_K), (Down, NotFalcon, FirstEighth, Q5_K)]),
-    mix("q4_k_m", 15, Q4_K, true, &[
+    mix("q4_k_s", 14, Q4_K, All, &[(Value, Always, First(4), Q5_K), (Down, NotFalcon, FirstEighth, Q5_K)]),
+    mix("q4_k_m", 15, Q4_K, All, &[
         (Value, Always, More, Q6_K), (Down, Falcon, FirstSixteenth, Q6_K), (Down, Falcon, More, Q5_K),
         (Down, NotFalcon, More, Q6_K),
     ]),
-    mix("q5_k_s", 16, Q5_K, false, &[]),
-    mix("q5_k_m", 17, Q5_K, false, &[(Value, Always, More, Q6_K), (Down, Always, More, Q6_K)]),
-    mix("q6_k", 18, Q6_K, false, &[]),
-    mix("iq4_nl", 25, IQ4_NL, true, IQ4),
-    mix("iq4_xs", 30, IQ4_XS, true, IQ4),
-    mix("tq1_0", 36, TQ1_0, false, TERNARY),
-    mix("tq2_0", 37, TQ2_0, false, TERNARY),
-    mix("mxfp4_moe", MXFP4_MOE, MXFP4, false, &[]),
+    mix("q5_k_s", 16, Q5_K, Inputs, &[]),
+    mix("q5_k_m", 17, Q5_K, Inputs, &[(Value, Always, More, Q6_K), (Down, Always, More, Q6_K)]),
+    mix("q6_k", 18, Q6_K, Inputs, &[]),
+    mix("iq1_s", 24, IQ1_S, Low, IQ1),
+    mix("iq1_m", 31, IQ1_M, Low, IQ1),
+    mix("iq2_xxs", 19, IQ2_XXS, Low, IQ2_SMALL),
+    mix("iq2_xs", 20, IQ2_XS, Low, IQ2_SMALL),
+    mix("iq2_s", 28, IQ2_XS, Low, IQ2),
+    mix("iq2_m", 29, IQ2_S, Low, IQ2),
+    mix("iq3_xxs", 23, IQ3_XXS, All, &[
+        (Head, Always, Every, Q5_K), (Embedding, Always, Every, IQ3_S),
+        (Value, Always, Shared, Q4_K), (Value, Unimportant, Every, IQ3_S),
+        (Key, Always, Every, IQ2_S), (Query, Always, Every, IQ2_S),
+        (Down, Unimportant, FirstEighth, Q4_K), (Down, Unimportant, Every, Q3_K),
+        (AttentionOutput, NotFalcon, Every, IQ3_S),
+    ]),
+    mix("iq3_xs", 22, IQ3_S, All, &[
+        (Value, Always, Shared, Q4_K), (Key, Always, Every, IQ3_XXS), (Query, Always, Every, IQ3_XXS),
+        (Gate, Always, Middle, IQ3_XXS), (Up, Always, Middle, IQ3_XXS),
+    ]),
+    mix("iq3_s", 26, IQ3_S, All, &[(Value, Always, Shared, Q4_K)]),
+    mix("iq3_m", 27, IQ3_S, All, &[
+        (Value, Always, Every, Q4_K), (Down, Always, FirstEighth, Q4_K), (Down, EightExperts, More, Q4_K),
+        (AttentionOutput, NotFalcon, Every, Q4_K),
+    ]),
+    mix("iq4_nl", 25, IQ4_NL, All, IQ4),
+    mix("iq4_xs", 30, IQ4_XS, All, IQ4),
+    mix("tq1_0", 36, TQ1_0, Inputs, TERNARY),
+    mix("tq2_0", 37, TQ2_0, Inputs, TERNARY),
+    mix("q1_0", 40, Q1_0, Inputs, &[]),
+    mix("q2_0", 41, Q2_0, Inputs, TERNARY),
+    mix("mxfp4_moe", MXFP4_MOE, MXFP4, Inputs, &[]),
 ];
 
 const MXFP4_MOE: u32 = 38;
@@ -157,7 +225,15 @@ const LEFT: &[&str] = &[
 
 /// The format that takes the place of another one in rows that are not whole blocks of it.
 const SHORTER: &[(Format, Format)] = &[
+    (IQ1_S, IQ4_NL),
+    (IQ1_M, IQ4_NL),
+    (IQ2_XXS, IQ4_NL),
+    (IQ2_XS, IQ4_NL),
+    (IQ2_S, IQ4_NL),
+    (IQ3_XXS, IQ4_NL),
+    (IQ3_S, IQ4_NL),
     (IQ4_XS, IQ4_NL),
+    (Q2_0, Q4_0),
     (Q2_K, Q4_0),
     (Q3_K, Q4_0),
     (TQ1_0, Q4_0),
@@ -238,15 +314,15 @@ fn part(name: &str) -> Part {
         ("attn_qkv.weight", Value),
         ("attn_kv_b.weight", Value),
         ("attn_v.weight", Value),
-        ("attn_k.weight", Part::Key),
-        ("attn_q.weight", Part::Query),
+        ("attn_k.weight", Key),
+        ("attn_q.weight", Query),
         ("attn_output.weight", AttentionOutput),
-        ("ffn_up", Part::Other),
-        ("ffn_gate", Part::Other),
+        ("ffn_up", Up),
+        ("ffn_gate", Gate),
         ("ffn_down", Down),
     ];
     match name {
-        "output.weight" => Part::Head,
+        "output.weight" => Head,
         "token_embd.weight" | "per_layer_token_embd.weight" => Embedding,
         _ => NAMES.iter().find(|(piece, _)| name.contains(piece)).map_or(Part::Other, |(_, part)| *part),
     }
@@ -267,8 +343,8 @@ pub(super) struct Chooser<'a> {
     /// Whether the embedding is the head, too.
     tied: bool,
     values: usize,
-    value: usize,
-    down: usize,
+    /// Matrices so far, by part.
+    seen: [usize; PARTS],
 }
 
 impl<'a> Chooser<'a> {
@@ -281,7 +357,7 @@ impl<'a> Chooser<'a> {
     ) -> Self {
         let values = names.clone().filter(|name| part(name) == Value).count();
         let tied = !names.clone().any(|name| name == "output.weight");
-        Chooser { mix, shape, important, tied, values, value: 0, down: 0 }
+        Chooser { mix, shape, important, tied, values, seen: [0; PARTS] }
     }
 
     /// The order in which tensors are chosen for: by layer, then by name.
@@ -297,6 +373,7 @@ impl<'a> Chooser<'a> {
                 Unimportant => !self.important,
                 Falcon => self.shape.falcon,
                 NotFalcon => !self.shape.falcon,
+                EightExperts => self.shape.experts == 8,
             };
             let here = match place {
                 Every => true,
@@ -304,7 +381,9 @@ impl<'a> Chooser<'a> {
                 FirstEighth => layer < layers / 8,
                 FirstSixteenth => layer < layers / 16,
                 More => more_bits(layer, layers),
+                Middle => (layers / 8..7 * layers / 8).contains(&layer),
                 Shared => self.shape.shared >= 4,
+                SharedOrExperts => self.shape.shared >= 4 || self.shape.experts >= 4,
             };
             now && here
         };
@@ -320,39 +399,54 @@ impl<'a> Chooser<'a> {
         if matches!(common.kind(), halite_kernels::formats::Kind::Float) {
             return common;
         }
-        if part == Part::Head || (part == Embedding && self.tied) {
+        if part == Head || (part == Embedding && self.tied) {
             let whole = cols % common.block_len() as u64 == 0;
             let q8 = self.mix.file_type == MXFP4_MOE || self.shape.falcon || !whole || common == Q8_0;
-            return if q8 { Q8_0 } else { Q6_K };
+            return if q8 { Q8_0 } else { self.rule(Head, 0, 0).unwrap_or(Q6_K) };
         }
         if self.mix.file_type == MXFP4_MOE {
             return if tensor.dims.get(2).is_some_and(|&experts| experts > 1) { MXFP4 } else { Q8_0 };
         }
-        match part {
-            Value => {
-                let format = self.rule(part, self.value, self.values).unwrap_or(common);
-                self.value += 1;
-                match format {
-                    _ if eight => Q8_0,
-                    Q3_K | Q4_K if self.shape.seventy => Q5_K,
-                    format => format,
-                }
-            }
-            Part::Key if eight => Q8_0,
-            Down => {
-                let at = layer(&tensor.name).filter(|_| self.shape.experts > 1).unwrap_or(self.down);
-                self.down += 1;
-                self.rule(part, at, self.shape.layers).unwrap_or(common)
-            }
-            AttentionOutput if eight && !self.shape.falcon => {
-                if self.mix.eight {
-                    Q5_K
+        let seen = self.seen[part as usize];
+        self.seen[part as usize] += 1;
+        let low = self.mix.eight == Low;
+        let by_name = self.shape.experts > 1 && !low;
+        let (at, layers) = match part {
+            Value => (seen, self.values),
+            _ => (layer(&tensor.name).filter(|_| by_name).unwrap_or(seen), self.shape.layers),
+        };
+        let format = self.rule(part, at, layers).unwrap_or(common);
+        match (part, format) {
+            (Value, _) if eight && !low => Q8_0,
+            (Value, Q3_K | Q4_K) if self.shape.seventy && !low => Q5_K,
+            (Key, _) if eight => {
+                if low {
+                    Q4_K
                 } else {
-                    common
+                    Q8_0
                 }
             }
-            part => self.rule(part, 0, 0).unwrap_or(common),
+            (AttentionOutput, _) if eight && (low || !self.shape.falcon) => {
+                if self.mix.eight == Inputs {
+                    common
+                } else {
+                    Q5_K
+                }
+            }
+            _ => format,
         }
+    }
+}
+
+/// Whether a matrix is of no use in a format unless the importance of its columns is known.
+pub(super) fn needs_importance(mix: &Mix, name: &str, format: Format) -> bool {
+    // Of these matrices, importance is rarely known.
+    let rarely = matches!(part(name), Head | Embedding);
+    match format {
+        IQ1_S | IQ2_XXS | IQ2_XS => true,
+        IQ1_M | IQ2_S | IQ3_XXS => !rarely,
+        Q2_K => mix.name == "q2_k_s" && !rarely,
+        _ => false,
     }
 }
 
@@ -440,7 +534,7 @@ mod tests {
     fn names_are_known_in_any_case() {
         assert_eq!(mix_named("Q4_K_M").map(|mix| mix.name), Some("q4_k_m"));
         assert_eq!(mix_named("q5_k").map(|mix| mix.name), Some("q5_k_m"));
-        assert!(mix_named("iq2_xs").is_none());
+        assert!(mix_named("iq5_k").is_none());
         for mix in MIXES {
             assert!(std::ptr::eq(mix_named(mix.name).unwrap(), mix));
         }

@@ -22,7 +22,7 @@ pub use mix::{MIXES, Mix, mix_named};
 use crate::error::{Error, Result};
 use crate::gguf::write::{NewTensor, Writer};
 use crate::gguf::{Gguf, TensorInfo};
-use mix::{Chooser, Shape, fitting, is_matrix};
+use mix::{Chooser, Shape, fitting, is_matrix, needs_importance};
 
 /// Alignment of tensor data: a cache line.
 const ALIGNMENT: u32 = 64;
@@ -242,15 +242,21 @@ fn check(name: &str, from: Format, to: Format, options: &QuantizeOptions) -> Res
         ));
     }
     let mut blocks = vec![0; to.block_bytes()];
-    if to.quantize_weights(&vec![0.0; to.block_len()], None, &mut blocks).is_err() {
+    let zeros = vec![0.0; to.block_len()];
+    if to.quantize_weights(&zeros, Some(&zeros), &mut blocks).is_err() {
         return wrong(format!("no quantiser for {}", to.name()));
     }
-    // Without importance, such a file is of no use.
-    let needs = options.mix.name == "q2_k_s" && to == Format::Q2_K && name.starts_with("blk.");
-    match needs && options.imatrix.is_none() {
-        true => wrong("the mix q2_k_s needs a matrix of importance".into()),
-        false => Ok(()),
+    if needs_importance(options.mix, name, to) {
+        let needs = format!("{} in the mix {} needs a matrix of importance", to.name(), options.mix.name);
+        match &options.imatrix {
+            None => return wrong(needs),
+            Some(imatrix) if !imatrix.sums.contains_key(name) => {
+                return wrong(format!("{needs}, and the one given lacks the tensor"));
+            }
+            Some(_) => {}
+        }
     }
+    Ok(())
 }
 
 /// Writes one tensor.

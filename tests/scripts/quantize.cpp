@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <exception>
 #include <string>
 #include <utility>
 #include <vector>
@@ -69,7 +70,9 @@ static void blocks() {
     const ggml_type formats[] = {
         GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0, GGML_TYPE_Q2_K,
         GGML_TYPE_Q3_K, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K, GGML_TYPE_IQ4_NL, GGML_TYPE_IQ4_XS,
-        GGML_TYPE_MXFP4, GGML_TYPE_TQ1_0, GGML_TYPE_TQ2_0,
+        GGML_TYPE_MXFP4, GGML_TYPE_TQ1_0, GGML_TYPE_TQ2_0, GGML_TYPE_IQ3_XXS, GGML_TYPE_IQ3_S, GGML_TYPE_IQ2_XXS,
+        GGML_TYPE_IQ2_XS, GGML_TYPE_IQ2_S, GGML_TYPE_IQ1_S, GGML_TYPE_IQ1_M, GGML_TYPE_NVFP4, GGML_TYPE_Q1_0,
+        GGML_TYPE_Q2_0,
     };
     for (ggml_type format : formats) {
         std::string name = ggml_type_name(format);
@@ -77,6 +80,7 @@ static void blocks() {
             if (c >= 'a' && c <= 'z') c -= 32;
         }
         for (bool weighted : {false, true}) {
+            if (!weighted && ggml_quantize_requires_imatrix(format)) continue;
             for (const char * kind : {"bell", "tails", "edges"}) {
                 Random random = {(uint64_t) strlen(kind)};
                 std::vector<float> values;
@@ -161,7 +165,11 @@ static void mixes() {
         {"q5_k_m", LLAMA_FTYPE_MOSTLY_Q5_K_M}, {"q6_k", LLAMA_FTYPE_MOSTLY_Q6_K},
         {"iq4_nl", LLAMA_FTYPE_MOSTLY_IQ4_NL}, {"iq4_xs", LLAMA_FTYPE_MOSTLY_IQ4_XS},
         {"tq1_0", LLAMA_FTYPE_MOSTLY_TQ1_0}, {"tq2_0", LLAMA_FTYPE_MOSTLY_TQ2_0},
-        {"mxfp4_moe", LLAMA_FTYPE_MOSTLY_MXFP4_MOE},
+        {"mxfp4_moe", LLAMA_FTYPE_MOSTLY_MXFP4_MOE}, {"iq3_xxs", LLAMA_FTYPE_MOSTLY_IQ3_XXS},
+        {"iq3_xs", LLAMA_FTYPE_MOSTLY_IQ3_XS}, {"iq3_s", LLAMA_FTYPE_MOSTLY_IQ3_S}, {"iq3_m", LLAMA_FTYPE_MOSTLY_IQ3_M},
+        {"iq2_xxs", LLAMA_FTYPE_MOSTLY_IQ2_XXS}, {"iq2_xs", LLAMA_FTYPE_MOSTLY_IQ2_XS},
+        {"iq2_s", LLAMA_FTYPE_MOSTLY_IQ2_S}, {"iq2_m", LLAMA_FTYPE_MOSTLY_IQ2_M}, {"iq1_s", LLAMA_FTYPE_MOSTLY_IQ1_S},
+        {"iq1_m", LLAMA_FTYPE_MOSTLY_IQ1_M}, {"q1_0", LLAMA_FTYPE_MOSTLY_Q1_0}, {"q2_0", LLAMA_FTYPE_MOSTLY_Q2_0},
     };
     for (const Shape & shape : shapes) {
         const llama_quant_model_desc & d = shape.desc;
@@ -183,7 +191,12 @@ static void mixes() {
         printf("\n");
         for (auto & [name, ftype] : names) {
             std::vector<ggml_type> types(tensors.size());
-            llama_quant_compute_types(state, ftype, tensors.data(), types.data(), tensors.size());
+            try {
+                llama_quant_compute_types(state, ftype, tensors.data(), types.data(), tensors.size());
+            } catch (const std::exception &) {
+                // Nothing takes the place of q1_0 where rows are not whole blocks.
+                continue;
+            }
             ggml_type common = llama_ftype_get_default_type(ftype);
             printf("%s %s %d %s", shape.name, name, (int) ftype, ggml_type_name(common));
             for (size_t i = 0; i < types.size(); i++) {

@@ -133,6 +133,8 @@ pub enum FormatError {
     Length(LengthMismatch),
     /// The format has no quantiser.
     NoQuantiser(Format),
+    /// Without the importance of columns, the format's blocks are of no use.
+    NoImportance(Format),
     /// The importance of columns has another length than a row.
     Columns {
         /// Values of a row.
@@ -156,6 +158,9 @@ impl fmt::Display for FormatError {
             FormatError::Length(mismatch) => mismatch.fmt(f),
             FormatError::NoQuantiser(format) => {
                 write!(f, "{}: values cannot be quantised to it", format.name())
+            }
+            FormatError::NoImportance(format) => {
+                write!(f, "{}: it needs the importance of columns", format.name())
             }
             FormatError::Columns { expected, got } => {
                 write!(f, "importance of columns: expected {expected}, got {got}")

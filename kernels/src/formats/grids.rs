@@ -60,6 +60,21 @@ const fn quads<const N: usize>(points: &[u32; N]) -> Quads<N> {
     Quads { planes, points: *points }
 }
 
+/// The points as quantisers read them: codes, which count magnitudes.
+#[cfg(feature = "quantize")]
+pub(super) mod codes {
+    use super::*;
+
+    const CODES: [u8; 8] = [0, 1, 2, 3, 4, 5, 6, 7];
+
+    pub static IQ2_XXS: [u64; 256] = points(&IQ2_XXS_SET, &[0, 1, 2], 8);
+    pub static IQ2_XS: [u64; 512] = points(&IQ2_XS_SET, &[0, 1, 2], 8);
+    pub static IQ2_S: [u64; 1024] = points(&IQ2_S_SET, &[0, 1, 2], 8);
+    pub static IQ3_XXS: [u64; 256] = points(&IQ3_XXS_SET, &CODES, 4);
+    pub static IQ3_S: [u64; 512] = points(&IQ3_S_SET, &CODES, 4);
+    pub static IQ1: [u64; 2048] = points(&IQ1_SET, &[0, 1, 2], 8);
+}
+
 const IQ2_MAGNITUDES: [u8; 3] = [8, 25, 43];
 
 /// The first `N` members of `set`, each number's digits in base `magnitudes.len()` replaced by magnitudes.

@@ -7,6 +7,8 @@
 use super::bytes::layout;
 use super::gridded::{self, Gridded, Split};
 use super::{Block, F16, Format, IQ1_GRID, Quantised, Signed, SuperBlock, Unpacked};
+#[cfg(feature = "quantize")]
+use super::{Importance, points};
 use crate::isa::Isa;
 
 layout! {
@@ -32,6 +34,9 @@ impl IQ1_M {
     }
 }
 
+#[cfg(feature = "quantize")]
+static SEARCH: points::Shifted = points::Shifted { group: 16, least: 1e-7, refit: true, factor: 1.1125 };
+
 impl Block for IQ1_M {
     const FORMAT: Format = Format::IQ1_M;
     const LEN: usize = 256;
@@ -46,6 +51,28 @@ impl Block for IQ1_M {
             let nibble = (bits >> (4 * i)) as u8 & 15;
             self.scales[i][1] = (self.scales[i][1] & 15) | (nibble << 4);
         }
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize(values: &[f32]) -> Option<Self> {
+        Self::quantize_weights(values, None)
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize_weights(values: &[f32], importance: Option<Importance>) -> Option<Self> {
+        let found = SEARCH.find(values.try_into().ok()?, importance);
+        Some(IQ1_M {
+            qs: found.lows(),
+            qh: core::array::from_fn(|at| {
+                let high = |i: usize| (found.indices[i] >> 8) as u8 | (found.signs[i] & 8);
+                high(2 * at) | high(2 * at + 1) << 4
+            }),
+            scales: core::array::from_fn(|at| {
+                let sub = |i: usize| u16::from(found.subs[4 * at + i]) << (3 * i);
+                let d = (found.d.to_bits() >> (4 * at)) << 12;
+                (sub(0) | sub(1) | sub(2) | sub(3) | d).to_le_bytes()
+            }),
+        })
     }
 }
 

@@ -5,6 +5,8 @@
 use super::bytes::layout;
 use super::gridded::{self, Gridded, Split};
 use super::{Block, F16, Format, IQ1_GRID, Quantised, Signed, SuperBlock, Unpacked};
+#[cfg(feature = "quantize")]
+use super::{Importance, points};
 use crate::isa::Isa;
 
 layout! {
@@ -20,9 +22,14 @@ layout! {
     }
 }
 
+#[cfg(feature = "quantize")]
+static SEARCH: points::Shifted = points::Shifted { group: 32, least: 1e-12, refit: false, factor: 1.125 };
+
 impl Block for IQ1_S {
     const FORMAT: Format = Format::IQ1_S;
     const LEN: usize = 256;
+    #[cfg(feature = "quantize")]
+    const NEEDS_IMPORTANCE: bool = true;
 
     fn is_finite(&self) -> bool {
         self.d.is_finite()
@@ -30,6 +37,21 @@ impl Block for IQ1_S {
 
     fn set_scale(&mut self, scale: f32) {
         self.d = F16::from_f32(scale);
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize_weights(values: &[f32], importance: Option<Importance>) -> Option<Self> {
+        importance?;
+        let found = SEARCH.find(values.try_into().ok()?, importance);
+        Some(IQ1_S {
+            d: found.d,
+            qs: core::array::from_fn(|group| core::array::from_fn(|k| found.indices[4 * group + k] as u8)),
+            qh: core::array::from_fn(|group| {
+                let high = |k: usize| (found.indices[4 * group + k] >> 8) << (3 * k);
+                let high = high(0) | high(1) | high(2) | high(3) | u16::from(found.subs[group]) << 12;
+                (high | u16::from(found.signs[4 * group] & 1) << 15).to_le_bytes()
+            }),
+        })
     }
 }
 

@@ -3,6 +3,8 @@
 use super::bytes::layout;
 use super::gridded::{self, Gridded, Split};
 use super::{Block, F16, Format, IQ2_S_GRID, Quantised, Signed, SuperBlock, Unpacked};
+#[cfg(feature = "quantize")]
+use super::{Importance, points};
 use crate::isa::Isa;
 
 layout! {
@@ -21,6 +23,21 @@ layout! {
     }
 }
 
+#[cfg(feature = "quantize")]
+static SEARCH: points::Magnitudes<8> = points::Magnitudes {
+    grid: &points::IQ2_S,
+    group: 16,
+    even: false,
+    spread: 2.0,
+    flat: 0.25,
+    least: 1e-8,
+    fitted: false,
+    tries: 9,
+    step: 0.1,
+    again: points::Again::OffGrid,
+    factor: 0.9875,
+};
+
 impl Block for IQ2_S {
     const FORMAT: Format = Format::IQ2_S;
     const LEN: usize = 256;
@@ -31,6 +48,23 @@ impl Block for IQ2_S {
 
     fn set_scale(&mut self, scale: f32) {
         self.d = F16::from_f32(scale);
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize(values: &[f32]) -> Option<Self> {
+        Self::quantize_weights(values, None)
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize_weights(values: &[f32], importance: Option<Importance>) -> Option<Self> {
+        let found = SEARCH.find(values.try_into().ok()?, importance);
+        Some(IQ2_S {
+            d: found.d,
+            qs: found.lows(),
+            signs: found.signs,
+            qh: found.highs(2),
+            scales: found.nibbles(),
+        })
     }
 }
 

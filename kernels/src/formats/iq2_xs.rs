@@ -4,6 +4,8 @@ use super::bits::even_bytes;
 use super::bytes::layout;
 use super::gridded::{self, Gridded, Split};
 use super::{Block, F16, Format, IQ2_XS_GRID, Quantised, Signed, SuperBlock, Unpacked};
+#[cfg(feature = "quantize")]
+use super::{Importance, points};
 use crate::isa::Isa;
 
 layout! {
@@ -18,9 +20,26 @@ layout! {
     }
 }
 
+#[cfg(feature = "quantize")]
+static SEARCH: points::Magnitudes<8> = points::Magnitudes {
+    grid: &points::IQ2_XS,
+    group: 16,
+    even: true,
+    spread: 1.0,
+    flat: 0.0,
+    least: 1e-15,
+    fitted: false,
+    tries: 9,
+    step: 0.1,
+    again: points::Again::OffGrid,
+    factor: 1.0,
+};
+
 impl Block for IQ2_XS {
     const FORMAT: Format = Format::IQ2_XS;
     const LEN: usize = 256;
+    #[cfg(feature = "quantize")]
+    const NEEDS_IMPORTANCE: bool = true;
 
     fn is_finite(&self) -> bool {
         self.d.is_finite()
@@ -28,6 +47,19 @@ impl Block for IQ2_XS {
 
     fn set_scale(&mut self, scale: f32) {
         self.d = F16::from_f32(scale);
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize_weights(values: &[f32], importance: Option<Importance>) -> Option<Self> {
+        importance?;
+        let found = SEARCH.find(values.try_into().ok()?, importance);
+        Some(IQ2_XS {
+            d: found.d,
+            qs: core::array::from_fn(|i| {
+                (found.indices[i] | u16::from(found.signs[i] & 127) << 9).to_le_bytes()
+            }),
+            scales: found.nibbles(),
+        })
     }
 }
 

@@ -6,6 +6,8 @@
 use super::bytes::layout;
 use super::gridded::{self, Gridded, Split};
 use super::{Block, F16, Format, IQ2_XXS_GRID, Quantised, Signed, SuperBlock, Unpacked};
+#[cfg(feature = "quantize")]
+use super::{Importance, points};
 use crate::isa::Isa;
 
 layout! {
@@ -28,9 +30,26 @@ layout! {
     }
 }
 
+#[cfg(feature = "quantize")]
+static SEARCH: points::Magnitudes<8> = points::Magnitudes {
+    grid: &points::IQ2_XXS,
+    group: 32,
+    even: true,
+    spread: 1.0,
+    flat: 0.0,
+    least: 1e-15,
+    fitted: true,
+    tries: 6,
+    step: 0.1,
+    again: points::Again::All,
+    factor: 1.0,
+};
+
 impl Block for IQ2_XXS {
     const FORMAT: Format = Format::IQ2_XXS;
     const LEN: usize = 256;
+    #[cfg(feature = "quantize")]
+    const NEEDS_IMPORTANCE: bool = true;
 
     fn is_finite(&self) -> bool {
         self.d.is_finite()
@@ -38,6 +57,19 @@ impl Block for IQ2_XXS {
 
     fn set_scale(&mut self, scale: f32) {
         self.d = F16::from_f32(scale);
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize_weights(values: &[f32], importance: Option<Importance>) -> Option<Self> {
+        importance?;
+        let found = SEARCH.find(values.try_into().ok()?, importance);
+        Some(IQ2_XXS {
+            d: found.d,
+            groups: core::array::from_fn(|group| IQ2_XXS_Group {
+                grid: core::array::from_fn(|k| found.indices[4 * group + k] as u8),
+                signs: found.coded_signs(group),
+            }),
+        })
     }
 }
 

@@ -4,6 +4,8 @@ use super::bytes::layout;
 use super::gridded::{self, Gridded, Split};
 use super::grids::IQ3_S_QUADS;
 use super::{Block, F16, Format, Quantised, Signed, SuperBlock, Unpacked};
+#[cfg(feature = "quantize")]
+use super::{Importance, points};
 use crate::isa::Isa;
 
 layout! {
@@ -22,6 +24,21 @@ layout! {
     }
 }
 
+#[cfg(feature = "quantize")]
+static SEARCH: points::Magnitudes<4> = points::Magnitudes {
+    grid: &points::IQ3_S,
+    group: 32,
+    even: false,
+    spread: 2.0,
+    flat: 0.0,
+    least: f32::from_bits(1),
+    fitted: false,
+    tries: 9,
+    step: 0.2,
+    again: points::Again::AllIfOffGrid,
+    factor: 1.033,
+};
+
 impl Block for IQ3_S {
     const FORMAT: Format = Format::IQ3_S;
     const LEN: usize = 256;
@@ -32,6 +49,23 @@ impl Block for IQ3_S {
 
     fn set_scale(&mut self, scale: f32) {
         self.d = F16::from_f32(scale);
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize(values: &[f32]) -> Option<Self> {
+        Self::quantize_weights(values, None)
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize_weights(values: &[f32], importance: Option<Importance>) -> Option<Self> {
+        let found = SEARCH.find(values.try_into().ok()?, importance);
+        Some(IQ3_S {
+            d: found.d,
+            qs: found.lows(),
+            qh: found.highs(1),
+            signs: found.signs,
+            scales: found.nibbles(),
+        })
     }
 }
 

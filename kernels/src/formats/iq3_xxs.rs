@@ -4,6 +4,8 @@ use super::bytes::layout;
 use super::gridded::{self, Gridded, Split};
 use super::grids::IQ3_XXS_QUADS;
 use super::{Block, F16, Format, Quantised, Signed, SuperBlock, Unpacked};
+#[cfg(feature = "quantize")]
+use super::{Importance, points};
 use crate::isa::Isa;
 
 layout! {
@@ -19,6 +21,21 @@ layout! {
     }
 }
 
+#[cfg(feature = "quantize")]
+static SEARCH: points::Magnitudes<4> = points::Magnitudes {
+    grid: &points::IQ3_XXS,
+    group: 32,
+    even: true,
+    spread: 2.0,
+    flat: 0.0,
+    least: 1e-8,
+    fitted: false,
+    tries: 15,
+    step: 0.2,
+    again: points::Again::OffGrid,
+    factor: 1.0125,
+};
+
 impl Block for IQ3_XXS {
     const FORMAT: Format = Format::IQ3_XXS;
     const LEN: usize = 256;
@@ -29,6 +46,21 @@ impl Block for IQ3_XXS {
 
     fn set_scale(&mut self, scale: f32) {
         self.d = F16::from_f32(scale);
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize(values: &[f32]) -> Option<Self> {
+        Self::quantize_weights(values, None)
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize_weights(values: &[f32], importance: Option<Importance>) -> Option<Self> {
+        let found = SEARCH.find(values.try_into().ok()?, importance);
+        Some(IQ3_XXS {
+            d: found.d,
+            qs: core::array::from_fn(|i| [0, 1].map(|k| found.indices[2 * i + k] as u8)),
+            signs: core::array::from_fn(|group| found.coded_signs(group)),
+        })
     }
 }
 

@@ -15,6 +15,8 @@ mod gridded;
 mod grids;
 mod lanes;
 mod plain;
+#[cfg(feature = "quantize")]
+mod points;
 mod shape;
 
 mod iq1_m;
@@ -91,6 +93,8 @@ pub trait Block: Bytes {
     const FORMAT: Format;
     /// Values in a block.
     const LEN: usize;
+    /// Whether [`Block::quantize_weights`] needs the importance of columns.
+    const NEEDS_IMPORTANCE: bool = false;
 
     /// Whether no scale of the block is NaN, infinite or, in MXFP4, the code that stands for NaN. For a plain
     /// float, whether the value is finite.
@@ -309,6 +313,7 @@ struct Entry {
     unpack: Option<fn(&[u8], &mut Unpacked)>,
     quantize: fn(&[f32], &mut [u8]) -> bool,
     quantize_weights: QuantizeWeights,
+    needs_importance: bool,
     is_finite: fn(&[u8]) -> bool,
     set_scale: fn(&mut [u8], f32),
     /// Or the cargo feature that has it, which this build lacks.
@@ -368,6 +373,7 @@ impl Entry {
                     B::quantize_weights(values, importance).map(|quantised| *block = quantised).is_some()
                 })
             },
+            needs_importance: B::NEEDS_IMPORTANCE,
             is_finite: |bytes| B::cast(bytes).iter().all(B::is_finite),
             set_scale: |bytes, scale| B::cast_mut(bytes).iter_mut().for_each(|block| block.set_scale(scale)),
         }
@@ -639,8 +645,8 @@ impl Format {
     /// without. Any values give some blocks; whether they are finite, [`Format::is_finite`] says.
     ///
     /// # Errors
-    /// Lengths that do not match, or a format without a quantiser (in a build without the cargo feature
-    /// `quantize`, of K-quants, for example).
+    /// Lengths that do not match, no importance where the format needs it, or a format without a quantiser (in a
+    /// build without the cargo feature `quantize`, of K-quants, for example).
     pub fn quantize_weights(
         self,
         values: &[f32],
@@ -650,6 +656,9 @@ impl Format {
         self.check(blocks.len(), values.len())?;
         if let Some(columns) = importance.map(<[f32]>::len).filter(|&columns| columns != values.len()) {
             return Err(FormatError::Columns { expected: values.len(), got: columns });
+        }
+        if importance.is_none() && self.entry().needs_importance {
+            return Err(FormatError::NoImportance(self));
         }
         let done = (self.entry().quantize_weights)(values, importance, blocks);
         if done { Ok(()) } else { Err(FormatError::NoQuantiser(self)) }

@@ -23,6 +23,13 @@ pub(super) const fn e2m1_doubled(code: u8) -> i8 {
     if code & 8 != 0 { -(magnitude as i8) } else { magnitude as i8 }
 }
 
+/// The first of the codes that come nearest to a value under half a scale.
+#[cfg(feature = "quantize")]
+pub(super) fn nearest_e2m1(half: f32, x: f32) -> u8 {
+    let errors = E2M1_DOUBLED.map(|value| (f32::from(value) * half - x).abs());
+    (1..16).fold(0, |best: u8, i| if errors[usize::from(i)] < errors[usize::from(best)] { i } else { best })
+}
+
 layout! {
     /// A power of two, 2^(e - 127); 255 stands for NaN.
     pub struct E8M0 {
@@ -83,15 +90,7 @@ impl Block for MXFP4 {
         let largest = values.iter().fold(0f32, |largest, x| largest.max(x.abs()));
         let exponent = (largest.to_bits() >> 23) as u8;
         let e = E8M0 { e: if exponent == 255 { 255 } else { exponent.saturating_sub(2) } };
-        let code = |x: f32| {
-            let errors = E2M1_DOUBLED.map(|value| (f32::from(value) * e.half() - x).abs());
-            (1..16u8).fold(
-                0,
-                |best: u8, i| {
-                    if errors[usize::from(i)] < errors[usize::from(best)] { i } else { best }
-                },
-            )
-        };
+        let code = |x: f32| nearest_e2m1(e.half(), x);
         Some(MXFP4 { e, qs: core::array::from_fn(|j| code(values[j]) | code(values[j + 16]) << 4) })
     }
 }

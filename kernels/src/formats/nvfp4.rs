@@ -6,6 +6,8 @@
 
 use super::bytes::layout;
 use super::lanes::{Lanes, Words};
+#[cfg(feature = "quantize")]
+use super::mxfp4::nearest_e2m1;
 use super::mxfp4::{E2M1_RAISED, e2m1_doubled};
 use super::{Block, Format, Groups, Interleaved, Quantised, Raised, Unpacked};
 use crate::isa::Isa;
@@ -46,6 +48,20 @@ impl UE4M3 {
         };
         UE4M3 { bits }
     }
+
+    /// The nearest value, of two the greater; 0 for NaN. As GGML has it, all from 248 on become 448.
+    #[cfg(feature = "quantize")]
+    fn nearest(value: f32) -> UE4M3 {
+        // As in `floor`, but in halves of steps.
+        let halves = (value.to_bits() >> 19) as i32 - ((127 - 7) << 4);
+        let bits = match (halves + 1) >> 1 {
+            _ if value.is_nan() || value.is_sign_negative() => 0,
+            _ if halves < 16 => ((value * 512.0 + 0.5) as u8).min(7),
+            steps @ ..0x78 => steps as u8,
+            _ => 0x7e,
+        };
+        UE4M3 { bits }
+    }
 }
 
 /// [`UE4M3::half`] of the lowest byte of each lane.
@@ -81,6 +97,19 @@ impl Block for NVFP4 {
 
     fn set_scale(&mut self, scale: f32) {
         self.d = [UE4M3::floor(scale); 4];
+    }
+
+    /// The largest magnitude of each group becomes the largest element. The scale of the tensor is taken to be 1.
+    #[cfg(feature = "quantize")]
+    fn quantize(values: &[f32]) -> Option<Self> {
+        let groups: &[[f32; 16]; 4] = values.as_chunks().0.try_into().ok().filter(|_| values.len() == 64)?;
+        let d = groups.map(|group| {
+            let largest = group.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+            UE4M3::nearest(largest / 6.0)
+        });
+        let code = |group: usize, j: usize| nearest_e2m1(d[group].half(), groups[group][j]);
+        let pair = |group: usize, j: usize| code(group, j) | code(group, j + 8) << 4;
+        Some(NVFP4 { d, qs: core::array::from_fn(|group| core::array::from_fn(|j| pair(group, j))) })
     }
 }
 

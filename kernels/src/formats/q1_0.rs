@@ -27,6 +27,14 @@ impl Block for Q1_0 {
     fn set_scale(&mut self, scale: f32) {
         self.d = F16::from_f32(scale);
     }
+
+    #[cfg(feature = "quantize")]
+    fn quantize(values: &[f32]) -> Option<Self> {
+        let values: &[f32; 128] = values.try_into().ok()?;
+        let sum = values.iter().fold(0.0, |sum, x| sum + x.abs());
+        let bits = |j: usize| (0..8).fold(0, |byte, i| byte | u8::from(values[8 * j + i] >= 0.0) << i);
+        Some(Q1_0 { d: F16::from_f32(sum / 128.0), qs: core::array::from_fn(bits) })
+    }
 }
 
 impl Quantised for Q1_0 {

@@ -26,6 +26,17 @@ impl Block for Q2_0 {
     fn set_scale(&mut self, scale: f32) {
         self.d = F16::from_f32(scale);
     }
+
+    /// The scale is the largest magnitude, so that no code is 2.
+    #[cfg(feature = "quantize")]
+    fn quantize(values: &[f32]) -> Option<Self> {
+        let values: &[f32; 64] = values.try_into().ok()?;
+        let d = values.iter().fold(0.0, |max: f32, x| if x.abs() > max { x.abs() } else { max });
+        let inverse = super::inverse(d);
+        let code = |x: f32| 1 + u8::from(x * inverse >= 0.5) - u8::from(x * inverse <= -0.5);
+        let byte = |j: usize| (0..4).fold(0, |byte, k| byte | code(values[4 * j + k]) << (2 * k));
+        Some(Q2_0 { d: F16::from_f32(d), qs: core::array::from_fn(byte) })
+    }
 }
 
 impl Quantised for Q2_0 {

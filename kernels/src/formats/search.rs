@@ -31,7 +31,8 @@ pub(super) fn extreme(x: &[f32]) -> f32 {
     x.iter().fold(0.0, |extreme: f32, &x| if x.abs() > extreme.abs() { x } else { extreme })
 }
 
-fn squares(x: &[f32]) -> f32 {
+/// The sum of squares.
+pub(super) fn squares(x: &[f32]) -> f32 {
     x.iter().fold(0.0, |sum, x| sum + x * x)
 }
 
@@ -124,26 +125,27 @@ pub(super) fn signed_moved(most: i32, x: &[f32], codes: &mut [u8]) -> f32 {
     if squares > 0.0 { products / squares } else { 0.0 }
 }
 
-/// Returns a scale for codes of values that are not negative, and writes the codes.
-fn unsigned(most: i32, x: &[f32], weights: &[f32], codes: &mut [u8]) -> f32 {
+/// Returns a scale for codes of `lowest` to `most`, and writes the codes. The lowest is 0, or there is none: then negative
+/// codes are written modulo 256, and the search goes on from what was written.
+pub(super) fn unsigned(lowest: i32, most: i32, x: &[f32], weights: &[f32], codes: &mut [u8]) -> f32 {
     let max = x.iter().fold(0f32, |max, &x| if x > max { x } else { max });
     if max < LEAST {
         codes.fill(0);
         return 0.0;
     }
-    let code = |x: f32| nearest(x).clamp(0, most);
-    let error = |inverse: f32| {
+    let code = |x: f32| nearest(x).clamp(lowest, most);
+    let error = |inverse: f32, written: fn(i32) -> i32| {
         let scale = 1.0 / inverse;
         x.iter().zip(weights).fold(0.0, |sum, (&x, &w)| {
-            let diff = x - scale * code(inverse * x) as f32;
+            let diff = x - scale * written(code(inverse * x)) as f32;
             sum + w * diff * diff
         })
     };
     let mut inverse = most as f32 / max;
-    let mut best = error(inverse);
+    let mut best = error(inverse, |code| i32::from(code as u8));
     for step in (-4..=4).filter(|&step| step != 0) {
         let other = (0.1 * step as f32 + most as f32) / max;
-        let error = error(other);
+        let error = error(other, |code| code);
         if error < best {
             (best, inverse) = (error, other);
         }
@@ -298,7 +300,7 @@ pub(super) fn with_mins(
         (scales[i], mins[i]) = ranged(most, x, weights, trials, &mut out.codes[at]);
     }
     let fit = |of: &[f32], codes: &mut [u8]| match importance {
-        Some(_) => F16::from_f32(unsigned(most_sub.into(), of, &total[..groups], codes)),
+        Some(_) => F16::from_f32(unsigned(0, most_sub.into(), of, &total[..groups], codes)),
         None => {
             let max = of.iter().fold(0f32, |max, &x| if x > max { x } else { max });
             let inverse = if max > 0.0 { f32::from(most_sub) / max } else { 0.0 };
