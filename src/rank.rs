@@ -77,6 +77,16 @@ impl Embedder {
         let pairs =
             documents.iter().map(|document| tokens(model.gguf(), tokenizer, query, document.as_ref()));
         let texts = pairs.collect::<Result<Vec<_>>>()?;
+        // Otherwise all tokens would have the type of the query's.
+        let types = model.hparams().token_type_count.filter(|&types| types > 1);
+        let separator = model.hparams().separator_token.filter(|_| types.is_some());
+        if let Some(separator) = separator
+            && texts.iter().any(|text| text.iter().filter(|&&id| id == separator).count() < 2)
+        {
+            return Err(Error::Model(format!(
+                "key `tokenizer.ggml.seperator_token_id`: expected the token behind query and document, got {separator}"
+            )));
+        }
         Ok(self.embed_tokens(&texts)?.iter().map(|labels| score(labels)).collect())
     }
 }

@@ -6,6 +6,7 @@ use clap::Args;
 use clap::builder::PossibleValuesParser;
 use halite::Error;
 use halite::kernels::formats::Format;
+use halite::model::ProgramOptions;
 use halite::output::Replace;
 use halite::synth::{self, Formats, Synth};
 
@@ -49,6 +50,8 @@ pub fn synth(args: &SynthArgs) -> Result<(), Failure> {
     let shape = &shape.clone().block_count(layers);
     let formats = Formats::of(args.format).output(args.output_format.unwrap_or(args.format));
     let file = Synth::new(shape, formats, args.seed)?;
+    // Of a model whose first layers are all of one kind, too few are none.
+    file.model().and_then(|model| model.program(ProgramOptions::default(), 1))?;
     let io = |source| Error::Io { path: args.out.clone(), source };
     let mut out = File::create(&args.out, Replace::Nothing, &[])?;
     file.write(&mut out).map_err(io)?;

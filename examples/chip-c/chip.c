@@ -600,7 +600,7 @@ static void decode(Run *run, Tensor table, uint32_t row, float *out) {
 /* The separators before a token in its span, which starts at position 0; at most the table's last row. */
 static uint32_t part(Run *run, const HaliteEmbed *op, uint32_t token) {
     uint32_t position = run->plan->tokens[token].position, last = find(run, op->table).rows - 1, count = 0;
-    if (position > token || run->plan->tokens[token - position].position > 0) {
+    if (run->plan->tokens[token].span->start > 0) {
         run->status = say(run->message, HALITE_ARGUMENT, "a text of parts does not start at position 0");
         return 0;
     }

@@ -1,6 +1,7 @@
 //! `tokenizer.model`, where a folder has no tokenizer.json: SentencePiece's BPE in protocol buffers, with the fields of
 //! `sentencepiece_model.proto`. It becomes the tokenizer.json that says the same.
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use prost::Message;
@@ -140,9 +141,10 @@ pub(super) fn read(folder: &Path) -> Result<Pieces> {
     }
     let about = Json::open_if_there(folder, "tokenizer_config.json")?;
     let listed = about.value.get("added_tokens_decoder").and_then(Value::as_object);
+    let mut known: HashSet<Option<u64>> = added.iter().map(|token| token["id"].as_u64()).collect();
     for (id, token) in listed.into_iter().flatten() {
         let id: u32 = id.parse().map_err(|_| about.wrong("added_tokens_decoder", "ids", id))?;
-        let is_new = id as usize >= model.pieces.len() && !added.iter().any(|other| other["id"] == id);
+        let is_new = id as usize >= model.pieces.len() && known.insert(Some(id.into()));
         if let (true, Some(token)) = (is_new, token.as_object()) {
             let mut token = token.clone();
             token.insert("id".into(), id.into());

@@ -179,7 +179,16 @@ impl<'n, 'b> Network<'n, 'b> {
             1
         });
         let index = match (h.pooling_type, h.separator_token) {
-            (Some(Pooling::Rank), Some(separator)) if types > 1 => Index::Part { separator },
+            (Some(Pooling::Rank), Some(separator)) if types > 1 && separator < h.vocab_size => {
+                Index::Part { separator }
+            }
+            (Some(Pooling::Rank), Some(separator)) if types > 1 => {
+                let below = h.vocab_size;
+                self.b.fail(format!(
+                    "key `tokenizer.ggml.seperator_token_id`: expected below {below}, the vocabulary, got {separator}"
+                ));
+                Index::First
+            }
             (Some(Pooling::Rank), None) if types > 1 => {
                 self.b.fail("key `tokenizer.ggml.seperator_token_id` is missing: it ends the query".into());
                 Index::First

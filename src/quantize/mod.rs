@@ -157,6 +157,12 @@ pub fn quantize(
     }
 
     let means = options.imatrix.as_ref().map(Imatrix::means).unwrap_or_default();
+    if options.imatrix.is_some() && !means.keys().any(|name| gguf.tensor(name).is_some()) {
+        let file = &options.imatrix_file;
+        return Err(Error::Model(format!(
+            "{file}: expected the importance of this model's matrices, got those of others"
+        )));
+    }
     let threads = if options.threads > 0 { options.threads.min(MOST_THREADS) } else { cores::usable() };
     let (mut all, mut failure) = (Vec::new(), None);
     let written = writer.write(out, &mut |new, out| {
@@ -217,6 +223,13 @@ fn formats(gguf: &Gguf, options: &QuantizeOptions) -> Result<Vec<Format>> {
             None => chooser.choose(record),
         };
         formats[at] = fitting(format, cols);
+        if chosen.is_some() && formats[at] != format {
+            let (name, block) = (&record.name, format.block_len());
+            return Err(Error::Model(format!(
+                "tensor `{name}`: {}: expected rows of whole blocks of {block} values, got {cols}",
+                format.name()
+            )));
+        }
         check(record.name.as_str(), record.format, formats[at], options)?;
     }
     match matched.iter().position(|&matched| !matched) {

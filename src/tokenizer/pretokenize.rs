@@ -339,32 +339,39 @@ impl Pattern {
         let in_powers = pattern.strip_suffix(POWERS);
         let regex = match (words, in_powers) {
             (Some(words), _) => Regex::new_many(&[words, r"\s+"]),
-            // One more than the largest, which says that a space follows it.
-            (_, Some(words)) => Regex::new_many(&[words, r"\s{1,513}"]),
+            (_, Some(words)) => Regex::new_many(&[words, r"\s+"]),
             _ => Regex::new(pattern),
         };
         Ok(Pattern { regex: regex?, in_powers: in_powers.is_some() })
     }
 
-    /// Finds the first match from a byte of the text on.
-    fn find(&self, text: &str, from: usize) -> Option<std::ops::Range<usize>> {
+    /// Finds the first match from a byte of the text on. It is several words if it is a run of spaces, and these are cut in powers.
+    fn find(&self, text: &str, from: usize) -> Option<(std::ops::Range<usize>, bool)> {
         let input = Input::new(text).range(from..);
         // Most words follow each other directly. An anchored search is faster, because the start is known.
         let here = self.regex.find(input.clone().anchored(Anchored::Yes));
         let found = here.or_else(|| self.regex.find(input))?;
         let (start, mut end) = (found.start(), found.end());
-        if found.pattern().as_usize() == 1 {
-            let spaces = text[start..end].chars().count();
+        let is_run = found.pattern().as_usize() == 1;
+        if is_run && end < text.len() {
             // The last one belongs to the next word.
-            let left = spaces - usize::from(end < text.len() && spaces > 1);
-            let taken = if self.in_powers {
-                LARGEST_POWER.min((left + 1).next_power_of_two() / 2).max(1)
-            } else {
-                left
-            };
-            end = text[start..end].char_indices().nth(taken).map_or(end, |(at, _)| start + at);
+            let last = text[start..end].chars().next_back().map_or(0, char::len_utf8);
+            if start + last < end {
+                end -= last;
+            }
         }
-        Some(start..end)
+        Some((start..end, is_run && self.in_powers))
+    }
+}
+
+/// Calls `f` with the pieces of a run of spaces: each the longest power of two that is left.
+fn in_powers<'t>(mut run: &'t str, f: &mut dyn FnMut(&'t str)) {
+    let mut left = run.chars().count();
+    while left > 0 {
+        let taken = LARGEST_POWER.min(1 << left.ilog2());
+        let end = run.char_indices().nth(taken).map_or(run.len(), |(at, _)| at);
+        f(&run[..end]);
+        (run, left) = (&run[end..], left - taken);
     }
 }
 
@@ -376,9 +383,12 @@ fn split<'t>(patterns: &[Pattern], text: &'t str, f: &mut dyn FnMut(&'t str)) {
         return;
     };
     let mut end = 0;
-    while let Some(found) = pattern.find(text, end) {
+    while let Some((found, is_several)) = pattern.find(text, end) {
         split(rest, &text[end..found.start], f);
-        split(rest, &text[found.clone()], f);
+        match is_several {
+            true => in_powers(&text[found.clone()], &mut |word| split(rest, word, f)),
+            false => split(rest, &text[found.clone()], f),
+        }
         end = found.end;
     }
     split(rest, &text[end..], f);

@@ -164,6 +164,8 @@ pub(super) struct Found {
 
 impl Found {
     const ZERO: Found = Found { d: F16::ZERO, subs: [0; 16], indices: [0; 64], signs: [0; 32] };
+    /// For values or weights so large that sums overflow: no number.
+    const NONE: Found = Found { d: F16::from_bits(0x7e00), ..Found::ZERO };
 
     /// Low bytes of indices.
     pub fn lows<const N: usize>(&self) -> [u8; N] {
@@ -187,6 +189,11 @@ impl Found {
         let code = |k: usize| u32::from(self.signs[4 * group + k] & 127) << (7 * k);
         (code(0) | code(1) | code(2) | code(3) | u32::from(self.subs[group]) << 28).to_le_bytes()
     }
+}
+
+/// What the block's error is if all its values become zero. An overflow here is one in any sum of a search.
+fn weighted_squares(x: &[f32], weights: &[f32]) -> f32 {
+    x.iter().zip(weights).fold(0.0, |sum, (x, weight)| sum + weight * x * x)
 }
 
 /// The scale of the sub-scales `2 s + 1`, and each `s`, at most `most`; `None` if all scales are 0.
@@ -241,7 +248,7 @@ const ODD: [f32; 8] = [1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0];
 impl<const LEN: usize> Magnitudes<LEN> {
     pub fn find(&self, values: &[f32; 256], importance: Option<Importance>) -> Found {
         let mut found = Found::ZERO;
-        let mut scales = [0.0; 16];
+        let (mut scales, mut total) = ([0.0; 16], 0.0);
         let mean_square = self.spread * squares(values) / 256.0;
         for (group, x) in values.chunks_exact(self.group).enumerate() {
             let at = group * self.group;
@@ -254,6 +261,7 @@ impl<const LEN: usize> Magnitudes<LEN> {
                     weights.iter_mut().zip(x).for_each(|(weight, x)| *weight = flat + x * x);
                 }
             }
+            total += weighted_squares(x, weights);
             let signs = &mut found.signs[at / 8..][..x.len() / 8];
             for (k, signs) in signs.iter_mut().enumerate() {
                 let at = 8 * k..8 * (k + 1);
@@ -268,6 +276,9 @@ impl<const LEN: usize> Magnitudes<LEN> {
                 Some(scale) => scales[group] = scale,
                 None => signs.fill(0),
             }
+        }
+        if !total.is_finite() {
+            return Found::NONE;
         }
         let Some((d, subs)) = sub_scales(&scales[..256 / self.group], 15) else {
             // All values are zero. Some of GGML's formats keep what was found for values too small for any scale.
@@ -432,6 +443,9 @@ impl Shifted {
         match importance {
             Some(importance) => weigh(values, importance.columns, mean_square, &mut weights),
             None => weights.iter_mut().zip(values).for_each(|(weight, x)| *weight = x * x),
+        }
+        if !weighted_squares(values, &weights).is_finite() {
+            return Found::NONE;
         }
         let groups = values.chunks_exact(self.group).zip(weights.chunks_exact(self.group));
         for (group, (x, weights)) in groups.enumerate() {
