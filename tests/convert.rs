@@ -446,6 +446,7 @@ fn what_is_not_supported_is_named() {
         ),
         ("gpt_oss", CONFIG, "/quantization_config/quant_method", json!("fp8"), "_blocks"),
         ("gpt_oss", CONFIG, "/swiglu_limit", json!(8), "swiglu_limit"),
+        ("llama", CONFIG, "/rope_scaling", json!({"rope_type": "default"}), "the same as rope_parameters"),
         ("llama", CONFIG, "/rope_parameters/rope_type", json!("dynamic"), "got dynamic"),
         ("llama", CONFIG, "/rope_parameters/low_freq_factor", json!("1"), "low_freq_factor"),
         ("llama", CONFIG, "/rope_parameters/factor", json!(-8), "factor"),

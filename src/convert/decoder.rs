@@ -173,7 +173,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         w.entry(&format!("{architecture}.expert_shared_feed_forward_length"), hidden)?;
     }
     if model_type == "ministral3"
-        && let Some(rope) = config.object("rope_parameters")?
+        && let Some(rope) = config.object("rope_parameters")?.or(config.object("rope_scaling")?)
         && let Some(scale) = rope.optional_f64("llama_4_scaling_beta")?
     {
         w.entry("mistral3.attention.temperature_scale", scale as f32)?;

@@ -30,11 +30,17 @@ impl Rope<'_> {
     pub(super) fn write(&self, w: &mut Writer) -> Result<Vectors> {
         let Rope { config, architecture, .. } = self;
         let entry = |name: &str| format!("{architecture}.rope.{name}");
-        let given = config.object("rope_parameters")?;
-        let (full, windowed) = match &given {
-            Some(given) => (given.object("full_attention")?, given.object("sliding_attention")?),
-            None => (config.object("rope_scaling")?, None),
-        };
+        let (given, older) = (config.object("rope_parameters")?, config.object("rope_scaling")?);
+        // Families differ in which of them counts.
+        if let (Some(given), Some(older)) = (&given, &older)
+            && given.value != older.value
+        {
+            return Err(config.wrong("rope_scaling", "the same as rope_parameters", &older.value));
+        }
+        let given = given.or(older);
+        let of_layers = |kind: &str| given.as_ref().map(|given| given.object(kind)).transpose();
+        let (full, windowed) =
+            (of_layers("full_attention")?.flatten(), of_layers("sliding_attention")?.flatten());
         let parameters = full.as_ref().or(given.as_ref());
         let number = |name: &str| match parameters.map(|p| p.optional_f64(name)).transpose()?.flatten() {
             Some(value) => Ok(Some(value)),
