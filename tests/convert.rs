@@ -445,6 +445,7 @@ fn what_is_not_supported_is_named() {
             "its scales: expected the shape",
         ),
         ("gpt_oss", CONFIG, "/quantization_config/quant_method", json!("fp8"), "_blocks"),
+        ("gpt_oss", CONFIG, "/swiglu_alpha", json!(1), "expected 1.702, got 1"),
         ("gpt_oss", CONFIG, "/swiglu_limit", json!(8), "swiglu_limit"),
         ("llama", CONFIG, "/rope_scaling", json!({"rope_type": "default"}), "the same as rope_parameters"),
         ("llama", CONFIG, "/rope_parameters/rope_type", json!("dynamic"), "got dynamic"),

@@ -717,6 +717,7 @@ pub(super) const FAMILIES: &[Family] = &[
         keys: &[("expert_feed_forward_length", &["intermediate_size"], Kind::U32)],
         only: &[
             ("hidden_act", Only::Text("silu")),
+            ("swiglu_alpha", Only::Number(1.702)),
             ("swiglu_limit", Only::Number(7.0)),
             ("attention_bias", Only::Bool(true)),
         ],
