@@ -364,6 +364,14 @@ impl Copy {
         std::fs::write(self.0.join(file), json.to_string()).unwrap();
     }
 
+    /// Removes a value of a JSON file.
+    fn remove(&self, file: &str, pointer: &str) {
+        let mut json = json_of(&self.0, file);
+        let (parent, key) = pointer.rsplit_once('/').unwrap();
+        json.pointer_mut(parent).unwrap().as_object_mut().unwrap().remove(key);
+        std::fs::write(self.0.join(file), json.to_string()).unwrap();
+    }
+
     /// Replaces the first such bytes in a file.
     fn replace(&self, file: &str, from: &[u8], to: &[u8]) {
         let mut bytes = std::fs::read(self.0.join(file)).unwrap();
@@ -473,6 +481,8 @@ fn what_is_not_supported_is_named() {
         ("llama", CONFIG, "/tie_word_embeddings", json!("yes"), "true or false"),
         ("mistral", CONFIG, "/layer_types", json!(["chunked_attention"]), "layer_types"),
         ("olmo3", CONFIG, "/layer_types", json!(["full_attention"]), "for each layer"),
+        ("olmo3", CONFIG, "/sliding_window", Value::Null, "sliding_window"),
+        ("olmo3", CONFIG, "/use_sliding_window", json!(false), "because of layer_types"),
         ("qwen2", CONFIG, "/rope_parameters/truncate", json!(false), "truncate"),
         ("qwen2", CONFIG, "/rope_parameters", Value::Null, "rope_theta"),
         ("smollm3", CONFIG, "/no_rope_layers/0", json!(0), "no_rope_layers"),
@@ -601,6 +611,73 @@ fn what_is_not_supported_is_named() {
         let copy = Copy::of(family);
         copy.set(file, pointer, value.clone());
         wrong.extend(copy.refused(&format!("{family} {file} {pointer} {value}"), says));
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Options that folders leave out are those of transformers' configurations.
+#[test]
+fn options_that_are_left_out_have_defaults() {
+    let mut wrong = Vec::new();
+    for (family, key, default, other) in [
+        ("cohere", "logit_scale", json!(0.0625), json!(1)),
+        ("cohere2", "sliding_window", json!(4096), json!(8)),
+        ("deepseek_v3", "routed_scaling_factor", json!(2.5), json!(1)),
+        ("deepseek_v3", "norm_topk_prob", json!(true), json!(false)),
+        ("exaone4", "sliding_window", json!(4096), json!(8)),
+        ("exaone_moe", "sliding_window", json!(4096), json!(8)),
+        ("gemma2", "attn_logit_softcapping", json!(50.0), json!(null)),
+        ("gemma2", "final_logit_softcapping", json!(30.0), json!(null)),
+        ("gemma2", "query_pre_attn_scalar", json!(256), json!(16)),
+        ("gemma2", "sliding_window", json!(4096), json!(8)),
+        ("gemma3", "query_pre_attn_scalar", json!(256), json!(16)),
+        ("gemma3", "sliding_window", json!(4096), json!(8)),
+        ("embedding_gemma", "query_pre_attn_scalar", json!(256), json!(16)),
+        ("embedding_gemma", "sliding_window", json!(4096), json!(8)),
+        ("gemma3n", "sliding_window", json!(512), json!(8)),
+        ("gemma4", "sliding_window", json!(512), json!(8)),
+        ("glm", "rope_parameters/partial_rotary_factor", json!(0.5), json!(1)),
+        ("glm4", "rope_parameters/partial_rotary_factor", json!(0.5), json!(1)),
+        ("glm4_moe", "rope_parameters/partial_rotary_factor", json!(0.5), json!(1)),
+        ("glm4_moe", "norm_topk_prob", json!(true), json!(false)),
+        ("glm4_moe_lite", "routed_scaling_factor", json!(1.8), json!(1)),
+        ("gpt_neox", "rope_parameters/partial_rotary_factor", json!(0.25), json!(1)),
+        ("gpt_neox", "use_parallel_residual", json!(true), json!(false)),
+        ("gpt_oss", "sliding_window", json!(128), json!(8)),
+        ("granite", "attention_multiplier", json!(1.0), json!(0.5)),
+        ("granitehybrid", "attention_multiplier", json!(1.0), json!(0.5)),
+        ("granitehybrid", "logits_scaling", json!(1.0), json!(0.5)),
+        ("granitemoe", "residual_multiplier", json!(1.0), json!(0.5)),
+        ("granitemoeshared", "embedding_multiplier", json!(1.0), json!(0.5)),
+        ("lfm2_moe", "norm_topk_prob", json!(true), json!(false)),
+        ("mistral", "sliding_window", json!(4096), json!(null)),
+        ("nemotron", "rope_parameters/partial_rotary_factor", json!(0.5), json!(1)),
+        ("nemotron_h-moe", "norm_topk_prob", json!(true), json!(false)),
+        ("olmo3", "sliding_window", json!(4096), json!(8)),
+        ("phi", "rope_parameters/partial_rotary_factor", json!(0.5), json!(1)),
+        ("qwen3_5_text", "rope_parameters/partial_rotary_factor", json!(0.25), json!(1)),
+        ("qwen3_next", "rope_parameters/partial_rotary_factor", json!(0.25), json!(1)),
+        ("stablelm", "rope_parameters/partial_rotary_factor", json!(0.25), json!(1)),
+        ("stablelm", "use_parallel_residual", json!(false), json!(true)),
+    ] {
+        let copy = Copy::of(family);
+        let bytes = || {
+            let mut bytes = Vec::new();
+            convert(&copy.0, Format::F16, &mut bytes, &mut |_| {}).map(|_| bytes)
+        };
+        let pointer = format!("/{key}");
+        copy.set(CONFIG, &pointer, other);
+        let other = bytes();
+        copy.set(CONFIG, &pointer, default);
+        let stated = bytes();
+        copy.remove(CONFIG, &pointer);
+        match (stated, bytes(), other) {
+            (Ok(stated), Ok(left_out), other)
+                if stated == left_out && other.as_ref().ok() != Some(&stated) => {}
+            (stated, left_out, _) => {
+                wrong.push(format!("{family} {key}: {:?} {:?}", stated.err(), left_out.err()));
+            }
+        }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
@@ -974,7 +1051,7 @@ fn other_names_of_options_are_known() {
     let copy = Copy::of("gemma3-vision");
     let given = converted(&copy.0, Format::F32).unwrap();
     for key in ["rms_norm_eps", "rope_parameters"] {
-        copy.set(CONFIG, &format!("/text_config/{key}"), Value::Null);
+        copy.remove(CONFIG, &format!("/text_config/{key}"));
     }
     let left_out = converted(&copy.0, Format::F32).unwrap();
     assert_eq!(given.hparams().layer_norm_rms_epsilon, left_out.hparams().layer_norm_rms_epsilon);

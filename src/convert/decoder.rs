@@ -214,7 +214,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let tied = match (config.bool("tie_word_embeddings")?, outer.bool("tie_word_embeddings")?) {
         // Versions of the library differ in which of them counts, so the folder's matrix does.
         (Some(inner), Some(outer)) if inner != outer => None,
-        (inner, outer) => inner.or(outer),
+        (inner, outer) => inner.or(outer).or((!seeing).then_some(false)),
     };
     match tied {
         // Vectors and scores of a matrix of its own need no output matrix.
@@ -700,10 +700,16 @@ fn latent(config: &Json, w: &mut Writer) -> Result<[(&'static str, &'static str,
 
 /// Writes the sliding window and its layers.
 fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result<()> {
-    let Some(length) = config.optional_u32("sliding_window")? else { return Ok(()) };
-    if config.bool("use_sliding_window")? == Some(false) {
-        return Ok(());
-    }
+    let uses = config.bool("use_sliding_window")? != Some(false);
+    let Some(length) = config.optional_u32("sliding_window")?.filter(|_| uses) else {
+        let types = config.get("layer_types").and_then(Value::as_array);
+        let windowed = types.into_iter().flatten().any(|kind| kind == "sliding_attention");
+        return match windowed {
+            true if uses => Err(config.missing("sliding_window", "the window of layer_types")),
+            true => Err(config.wrong("use_sliding_window", "true, because of layer_types", false)),
+            false => Ok(()),
+        };
+    };
     let by_period = |period: u32| (1..=layers).map(move |layer| layer.checked_rem(period) != Some(0));
     let default: Vec<bool> = match family.window {
         Window::All => vec![true; layers as usize],
@@ -725,9 +731,11 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
             list.ok_or_else(|| config.wrong("layer_types", expected, types))?
         }
         (None, Some(period)) => by_period(config.u32(period)?).collect(),
-        (None, None) if config.get("use_sliding_window").is_some() => {
-            // Versions of the library chose the layers differently.
-            return Err(config.missing("layer_types", "a list beside use_sliding_window"));
+        // Versions of the library chose the layers differently.
+        (None, None)
+            if ["use_sliding_window", "max_window_layers"].iter().any(|key| config.get(key).is_some()) =>
+        {
+            return Err(config.missing("layer_types", "a list beside max_window_layers"));
         }
         (None, None) => default.clone(),
     };

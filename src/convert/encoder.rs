@@ -117,7 +117,7 @@ const BERT: Family = Family {
     head: &[("pooler.dense", "cls"), ("classifier", "cls.output")],
     unused: &["pooler.*", "cls.*", "embeddings.position_ids"],
     keys: &[],
-    defaults: &[],
+    defaults: &[("type_vocab_size", "2")],
     only: &[
         ("hidden_act", Only::Text("gelu")),
         ("position_embedding_type", Only::Text("absolute")),
@@ -161,6 +161,7 @@ const FAMILIES: &[Family] = &[
         head: &[],
         unused: &["head.*", "decoder.*"],
         keys: &[("hidden_activation", &["hidden_activation"], Kind::Text)],
+        defaults: &[],
         only: &[("is_decoder", Only::Bool(false))],
         has_rope: true,
         rope_bases: [Some(160_000.0), Some(10_000.0)],
