@@ -256,8 +256,8 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let kind = fast.object("model")?;
     let word_pieces = kind.is_none_or(|model| model.get("type").is_none_or(|kind| kind == "WordPiece"));
     let mut left_out = Vec::new();
-    if ranks && config.optional_u32("type_vocab_size")?.is_some_and(|types| types > 1) {
-        types_of_pairs(&fast)?;
+    if config.optional_u32("type_vocab_size")?.is_some_and(|types| types > 1) {
+        types_of_tokens(&fast, ranks)?;
     }
     match word_pieces {
         true => wordpiece::write(folder, w)?,
@@ -338,20 +338,33 @@ fn window(config: &Json, architecture: &str, w: &mut Writer) -> Result<()> {
 }
 
 /// Rejects a template that gives tokens other types than 0 up to the token that ends the first text, and 1 behind it.
-fn types_of_pairs(fast: &Json) -> Result<()> {
+fn types_of_tokens(fast: &Json, of_pairs: bool) -> Result<()> {
     let Some(post) = fast.object("post_processor")? else { return Ok(()) };
+    let pieces = |key: &str| post.get(key).and_then(Value::as_array).into_iter().flatten();
+    let kind = |piece: &Value| {
+        let of = |kind: &str| piece.pointer(&format!("/{kind}/type_id"))?.as_u64();
+        of("Sequence").or(of("SpecialToken"))
+    };
+    if let Some(piece) = pieces("single").find(|piece| kind(piece) != Some(0)) {
+        return Err(post.wrong("single", "types 0", piece));
+    }
+    if !of_pairs {
+        return Ok(());
+    }
+    // RoBERTa's gives all tokens the type 0.
+    if !matches!(post.str("type")?, "BertProcessing" | "TemplateProcessing") {
+        return Err(post.missing("type", "TemplateProcessing or BertProcessing"));
+    }
     let mut part = 0;
     let mut is_behind_first = false;
-    for piece in post.get("pair").and_then(Value::as_array).into_iter().flatten() {
-        let of = |kind: &str, key: &str| piece.pointer(&format!("/{kind}/{key}"));
-        let kind = of("Sequence", "type_id").or(of("SpecialToken", "type_id")).and_then(Value::as_u64);
-        if kind != Some(part) {
+    for piece in pieces("pair") {
+        if kind(piece) != Some(part) {
             return Err(post.wrong("pair", "types 0 of the first text and 1 of the second one", piece));
         }
         if is_behind_first {
             part = 1;
         }
-        is_behind_first = of("Sequence", "id").is_some_and(|id| *id == "A");
+        is_behind_first = piece.pointer("/Sequence/id").is_some_and(|id| *id == "A");
     }
     Ok(())
 }
