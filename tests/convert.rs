@@ -933,7 +933,8 @@ fn what_bert_does_besides_is_named() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     let copy = sentence_bert();
-    std::fs::write(copy.0.join("modules.json"), "[]").unwrap();
+    let two = json!([{"type": "models.Transformer", "path": ""}, {"type": "models.Pooling"}]);
+    std::fs::write(copy.0.join("modules.json"), two.to_string()).unwrap();
     let (_, left_out) = convert_to_gguf(&copy.0);
     assert!(left_out.len() == 1 && left_out[0].contains("--no-normalize"), "{left_out:?}");
     // Of Nemotron-H: steps that have a least length, and layers in the older form.
@@ -1030,11 +1031,29 @@ fn what_encoders_lack_is_named() {
         ("distilbert", CONFIG, "/activation", json!("relu"), "expected gelu, got"),
         ("distilbert", CONFIG, "/n_layers", json!(1), "blk.1."),
         ("embedding_gemma", DENSE, "/bias", json!(true), "expected false, got true"),
+        ("embedding_gemma", DENSE, "/bias", json!(null), "expected false, got null"),
         ("embedding_gemma", DENSE, "/activation_function", json!("torch.nn.Tanh"), "Identity"),
+        ("embedding_gemma", DENSE, "/activation_function", json!(null), "Identity"),
         ("embedding_gemma", DENSE, "/out_features", json!(32), "dense_2.weight"),
         ("embedding_gemma", MODULES, "/2/path", json!("../2_Dense"), "a folder of the folder"),
         ("embedding_gemma", MODULES, "/4/type", json!("models.Dense"), "at most 2 of the kind Dense"),
-        ("embedding_gemma", MODULES, "/1/type", json!("models.Normalize"), "Normalize as the last one"),
+        (
+            "embedding_gemma",
+            MODULES,
+            "/1/type",
+            json!("models.Normalize"),
+            "Dense, Normalize in this order, got Normalize at 1",
+        ),
+        (
+            "embedding_gemma",
+            MODULES,
+            "/3/type",
+            json!("models.Normalize"),
+            "in this order, got Normalize at 4",
+        ),
+        ("embedding_gemma", MODULES, "/2/type", json!("models.Pooling"), "in this order, got Pooling at 2"),
+        ("embedding_gemma", MODULES, "/0/type", json!("models.Pooling"), "in this order, got Pooling at 0"),
+        ("embedding_gemma", MODULES, "/0/path", json!("0_Transformer"), "none for the Transformer"),
         ("embedding_gemma", MODULES, "/2/type", json!("models.LSTM"), "one of Transformer"),
         ("qwen3-embedding", MODULES, "/2/type", json!("models.Dense"), "one of Transformer"),
         (
@@ -1050,6 +1069,25 @@ fn what_encoders_lack_is_named() {
         wrong.extend(copy.refused(&format!("{family}, {file} {pointer} {value}"), says));
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn modules_are_complete() {
+    use safetensors::tensor::{Dtype, TensorView};
+    for modules in [json!([]), json!({}), json!([{"type": "models.Transformer", "path": ""}])] {
+        let copy = Copy::of("embedding_gemma");
+        std::fs::write(copy.0.join("modules.json"), modules.to_string()).unwrap();
+        copy.is_refused("no pooling", "Transformer, Pooling, Dense, Normalize in this order");
+    }
+    // A bias that the module's options deny.
+    let copy = Copy::of("embedding_gemma");
+    let path = copy.0.join("2_Dense/model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let mut tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap().tensors();
+    let zeros = vec![0; 4 * 32];
+    tensors.push(("linear.bias".into(), TensorView::new(Dtype::F32, vec![32], &zeros).unwrap()));
+    std::fs::write(&path, safetensors::serialize(tensors, None).unwrap()).unwrap();
+    copy.is_refused("bias", "`dense_2.linear.bias` is unknown");
 }
 
 /// The options of Nomic's own configurations, and of newer versions of sentence-transformers.

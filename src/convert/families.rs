@@ -653,7 +653,10 @@ pub(super) const FAMILIES: &[Family] = &[
         architecture: "gemma-embedding",
         defaults: GEMMA_3_DEFAULTS,
         rope_base: Some(1e6),
-        names: &[&[("dense_2.linear", "dense_2"), ("dense_3.linear", "dense_3")], POST_NORMS],
+        names: &[
+            &[("dense_2.linear.weight", "dense_2.weight"), ("dense_3.linear.weight", "dense_3.weight")],
+            POST_NORMS,
+        ],
         keys: &[],
         only: &[
             ("hidden_activation", Only::Text("gelu_pytorch_tanh")),
