@@ -473,7 +473,8 @@ fn what_is_not_supported_is_named() {
         ("llama", CONFIG, "/vocab_size", json!(u32::MAX), "tokens"),
         ("llama", CONFIG, "/vocab_size", json!(300), "the embedding's rows"),
         ("phi3", CONFIG, "/rope_parameters/original_max_position_embeddings", json!(1), "attn_factor"),
-        ("phi3", CONFIG, "/rope_parameters/partial_rotary_factor", json!(-1), "rope.dimension_count"),
+        ("phi3", CONFIG, "/rope_parameters/partial_rotary_factor", json!(-1), "expected 0 to 1, got -1"),
+        ("phi3", CONFIG, "/rope_parameters/partial_rotary_factor", json!(1.5), "expected 0 to 1, got 1.5"),
         ("gemma2", CONFIG, "/query_pre_attn_scalar", json!(0), "attention.scale"),
         ("gemma2", CONFIG, "/query_pre_attn_scalar", json!(-1), "attention.scale"),
         ("llama", CONFIG, "/num_key_value_heads", json!(3), "blk.0.attn_k"),
@@ -509,6 +510,7 @@ fn what_is_not_supported_is_named() {
         ("gemma4", CONFIG, "/layer_types", json!(["full_attention"]), "for each layer"),
         ("gemma4", CONFIG, "/global_head_dim", Value::Null, "global_head_dim"),
         ("granitehybrid", CONFIG, "/position_embedding_type", json!("alibi"), "rope or nope"),
+        ("granitehybrid", CONFIG, "/position_embedding_type", json!(true), "rope or nope"),
         ("granitehybrid", CONFIG, "/mamba_n_groups", json!(0), "blk.0.ssm_norm"),
         ("granitehybrid", CONFIG, "/mamba_expand", json!(3), "blk.0.ssm_"),
         ("deepseek_v2", CONFIG, "/topk_method", json!("group_limited_greedy"), "expected greedy"),
@@ -520,6 +522,9 @@ fn what_is_not_supported_is_named() {
         ("deepseek_v3", CONFIG, "/v_head_dim", json!(u32::MAX), "1 to 65536"),
         ("ernie4_5_moe", CONFIG, "/moe_layer_end_index", json!(0), "the last layer"),
         ("ernie4_5_moe", CONFIG, "/moe_layer_interval", json!(2), "interleave_moe_layer_step"),
+        ("ernie4_5_moe", CONFIG, "/moe_layer_interval", json!(0), "expected at least 1"),
+        ("ernie4_5_moe", CONFIG, "/moe_norm_min", json!(1e-6), "moe_norm_min"),
+        ("deepseek_v3", CONFIG, "/topk_group", json!(100), "at most n_group"),
         ("gpt_neox", CONFIG, "/num_attention_heads", json!(3), "blk.0.attn_qkv"),
         ("gpt_neox", CONFIG, "/num_attention_heads", json!(64), "blk.0.attn_qkv"),
         ("hunyuan_v1_dense", CONFIG, "/rope_parameters/alpha", Value::Null, "got dynamic"),
@@ -535,6 +540,11 @@ fn what_is_not_supported_is_named() {
         ("mamba", CONFIG, "/intermediate_size", json!(40), "blk.0.ssm_"),
         ("mamba", CONFIG, "/use_bias", json!(true), "use_bias"),
         ("mamba2", CONFIG, "/time_step_limit", json!([0.001, 0.1]), "0 and no end"),
+        ("mamba2", CONFIG, "/time_step_limit", json!([0.001, null]), "0 and no end"),
+        ("mamba2", CONFIG, "/time_step_limit", json!([0, 0]), "0 and no end"),
+        ("mamba2", CONFIG, "/time_step_limit", json!([0, "1"]), "0 and no end"),
+        ("falcon_h1", CONFIG, "/time_step_limit", json!(["0", null]), "0 and no end"),
+        ("nemotron_h", CONFIG, "/time_step_limit", json!("all"), "0 and no end"),
         ("mamba2", CONFIG, "/n_groups", json!(3), "3 groups of 8"),
         ("nemotron_h", CONFIG, "/layers_block_type/2", json!("moe"), "no shared experts"),
         ("nemotron_h", CONFIG, "/layers_block_type/0", json!("moe"), "expected mlp or moe, got both"),
@@ -574,6 +584,7 @@ fn what_is_not_supported_is_named() {
         ("llama", VOCABULARY, "/model/merges/0", json!(["a"]), "pairs of texts"),
         ("llama", VOCABULARY, "/model/end_of_word_suffix", json!("</w>"), "end_of_word_suffix"),
         ("llama", VOCABULARY, "/model/ignore_merges", json!(1), "ignore_merges"),
+        ("llama", VOCABULARY, "/model/dropout", json!(0.1), "dropout"),
         (
             "llama",
             VOCABULARY,
@@ -698,6 +709,11 @@ fn weights_that_do_not_fit_are_named() {
         ("granitehybrid", "[40,24]", "[15,64]", "an even number of rows"),
         ("granitehybrid", "[40,24]", "[960]  ", "an even number of rows"),
         ("qwen3_5_text", "[48,24]", "[24,48]", "of value heads"),
+        ("../bert", "query.bias", "query.size", "0.attention.self.query.bias` is missing"),
+        ("roberta", "LayerNorm.bias", "LayerNorm.size", "LayerNorm.bias` is missing"),
+        ("distilbert", "lin1.bias", "lin1.size", "0.ffn.lin1.bias` is missing"),
+        ("nomic_bert", "norm2.bias", "norm2.size", "norm2.bias` is missing"),
+        ("bert-rank", "classifier.bias", "classifier.size", "classifier.bias` is missing"),
     ] {
         let copy = Copy::of(family);
         copy.replace(WEIGHTS, from.as_bytes(), to.as_bytes());
@@ -719,6 +735,10 @@ fn weights_that_do_not_fit_are_named() {
     bytes.extend([0xc0, 0x7f]);
     std::fs::write(copy.0.join(WEIGHTS), &bytes).unwrap();
     copy.is_refused("not a number", "not finite");
+    // As older folders name it.
+    let copy = Copy::of("../bert");
+    copy.replace(WEIGHTS, b"LayerNorm.bias", b"LayerNorm.beta");
+    assert!(converted(&copy.0, Format::F32).is_ok());
     // A folder without an output matrix that has one by its config.
     let copy = Copy::of("qwen2");
     copy.set(CONFIG, "/tie_word_embeddings", json!(false));
@@ -783,9 +803,12 @@ fn codes_without_elements_are_refused() {
     ] {
         let copy = Copy::of(family);
         std::fs::write(copy.0.join("README.md"), "# Qwen3-Reranker").unwrap();
-        let view = TensorView::new(Dtype::F32, vec![many, 0], &[]).unwrap();
-        let bytes = safetensors::serialize([(name, view)], None).unwrap();
-        std::fs::write(copy.0.join("model.safetensors"), bytes).unwrap();
+        let path = copy.0.join("model.safetensors");
+        let whole = std::fs::read(&path).unwrap();
+        let mut tensors = safetensors::SafeTensors::deserialize(&whole).unwrap().tensors();
+        let place = tensors.iter_mut().find(|(other, _)| other.ends_with(name)).unwrap();
+        place.1 = TensorView::new(Dtype::F32, vec![many, 0], &[]).unwrap();
+        std::fs::write(&path, safetensors::serialize(tensors, None).unwrap()).unwrap();
         copy.is_refused("no elements", "expected a matrix with elements");
     }
 }

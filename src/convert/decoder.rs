@@ -232,6 +232,14 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     if drafting > 0 {
         left_out.push("layers that draft tokens are left out".to_owned());
     }
+    if config.optional_u32("moe_layer_interval")? == Some(0) {
+        return Err(config.wrong("moe_layer_interval", "at least 1", 0));
+    }
+    if let (Some(groups), Some(used)) = (config.optional_u32("n_group")?, config.optional_u32("topk_group")?)
+        && used > groups
+    {
+        return Err(config.wrong("topk_group", &format!("at most n_group, {groups}"), used));
+    }
     if let Some(last) = config.get("moe_layer_end_index").filter(|last| last.as_i64() != Some(-1))
         && last.as_u64() != Some(u64::from(layers).saturating_sub(1))
     {
@@ -452,18 +460,24 @@ fn scan(config: &Json, architecture: &str, w: &mut Writer) -> Result<Vec<(&'stat
     };
     w.entry(&format!("{architecture}.ssm.inner_size"), inner)?;
     if let Some(limits) = config.get("time_step_limit") {
-        let limits = limits.as_array().map_or(&[][..], |limits| &limits[..]);
-        // Without an end: JSON has no infinity.
-        let is_all = |limit: &Value| limit.as_f64().is_none_or(|limit| limit == 0.0);
-        if !limits.iter().all(is_all) {
+        // Without an end: JSON has no infinity, for which the library also writes an object.
+        let is_all = match limits.as_array().map(|limits| &limits[..]) {
+            Some([first, end]) => {
+                let end = end.get("__float__").map_or(end.is_null(), |end| end == "Infinity");
+                first.as_f64() == Some(0.0) && end
+            }
+            _ => false,
+        };
+        if !is_all {
             return Err(config.missing("time_step_limit", "0 and no end"));
         }
     }
     if architecture == "granitehybrid" {
-        let positions = match config.get("position_embedding_type").and_then(Value::as_str) {
+        let kind = config.get("position_embedding_type");
+        let positions = match kind.map(|kind| kind.as_str().unwrap_or_default()) {
             Some("rope") => true,
             Some("nope") | None => false,
-            Some(other) => return Err(config.wrong("position_embedding_type", "rope or nope", other)),
+            Some(_) => return Err(config.missing("position_embedding_type", "rope or nope")),
         };
         w.entry("granitehybrid.rope.scaling.finetuned", positions)?;
     }

@@ -26,6 +26,8 @@ struct Family {
     head: Names,
     /// Names that embeddings do not need: heads of the training.
     unused: &'static [&'static str],
+    /// Endings of the names that have a bias, in every layer.
+    biased: &'static [&'static str],
     keys: &'static [Key],
     /// Values of options that folders leave out, as JSON has them.
     defaults: &'static [(&'static str, &'static str)],
@@ -116,6 +118,7 @@ const BERT: Family = Family {
     names: BERT_NAMES,
     head: &[("pooler.dense", "cls"), ("classifier", "cls.output")],
     unused: &["pooler.*", "cls.*", "embeddings.position_ids"],
+    biased: &["LayerNorm", "query", "key", "value", "dense"],
     keys: &[],
     defaults: &[("type_vocab_size", "2")],
     only: &[
@@ -149,6 +152,7 @@ const FAMILIES: &[Family] = &[
         names: DISTIL_NAMES,
         head: &[],
         unused: &["vocab_*"],
+        biased: &["LayerNorm", "_lin", "lin1", "lin2", "layer_norm"],
         defaults: &[("layer_norm_eps", "1e-12")],
         only: &[("activation", Only::Text("gelu"))],
         ..BERT
@@ -160,6 +164,7 @@ const FAMILIES: &[Family] = &[
         names: MODERN_NAMES,
         head: &[],
         unused: &["head.*", "decoder.*"],
+        biased: &[],
         keys: &[("hidden_activation", &["hidden_activation"], Kind::Text)],
         defaults: &[],
         only: &[("is_decoder", Only::Bool(false))],
@@ -173,6 +178,7 @@ const FAMILIES: &[Family] = &[
         architecture: "nomic-bert",
         names: NOMIC_NAMES,
         head: &[],
+        biased: &["emb_ln", "norm1", "norm2"],
         only: &[
             ("hidden_act", Only::Text("silu")),
             ("activation_function", Only::Text("swiglu")),
@@ -239,6 +245,17 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         w.entry("tokenizer.ggml.token_type_count", types)?;
     }
     let (mut names, mut unused, mut required) = (vec![family.names], family.unused.to_vec(), Vec::new());
+    let count = KEYS
+        .iter()
+        .find(|(key, ..)| *key == "block_count")
+        .and_then(|(_, from, _)| from.iter().find_map(|from| config.get(from).and_then(Value::as_u64)));
+    let layers = count.unwrap_or(0).min(MAX_LAYERS as u64);
+    for (from, _) in
+        family.names.iter().filter(|(from, _)| family.biased.iter().any(|end| from.ends_with(end)))
+    {
+        let of_layers = if from.contains("{}") { layers } else { 1 };
+        required.extend((0..of_layers).map(|layer| from.replace("{}", &layer.to_string()) + ".bias"));
+    }
     let ranks = has_classification_head(config);
     if ranks {
         if family.head.is_empty() {
@@ -249,7 +266,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         names.push(family.head);
         for (from, _) in family.head {
             unused.retain(|pattern| !super::matches(pattern, from));
-            required.push(format!("{from}.weight"));
+            required.extend(["weight", "bias"].map(|kind| format!("{from}.{kind}")));
         }
     }
     let fast = Json::open_if_there(folder, "tokenizer.json")?;

@@ -563,7 +563,7 @@ pub(super) const FAMILIES: &[Family] = &[
         ],
         unused: &["mtp_*"],
         keys: MIXTURE,
-        only: &[SILU, ("use_bias", Only::Bool(false))],
+        only: &[SILU, ("moe_norm_min", Only::Number(1e-12)), ("use_bias", Only::Bool(false))],
         interleaved: false,
         rope_base: Some(5e5),
         ..LLAMA

@@ -74,9 +74,15 @@ impl Rope<'_> {
             Some(part) => Some(part),
             None => old(&["rotary_pct"])?,
         };
+        if let Some(part) = part.filter(|part| !(0.0..=1.0).contains(part)) {
+            return Err(config.wrong("partial_rotary_factor", "0 to 1", part));
+        }
         let rotated = match (part, config.optional_u32("rotary_dim")?) {
-            (None, Some(rotated)) => rotated.min(self.head_dim).into(),
-            (part, _) => part.unwrap_or(1.0).min(1.0) * f64::from(self.head_dim),
+            (None, Some(rotated)) if rotated > self.head_dim => {
+                return Err(config.wrong("rotary_dim", &format!("at most {}", self.head_dim), rotated));
+            }
+            (None, Some(rotated)) => rotated.into(),
+            (part, _) => part.unwrap_or(1.0) * f64::from(self.head_dim),
         };
         let is_proportional = match parameters {
             Some(parameters) => kind(parameters)? == "proportional",

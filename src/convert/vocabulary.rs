@@ -58,6 +58,10 @@ pub(super) fn write(folder: &Path, config: &Json, task: Task, w: &mut Writer) ->
     let model = json.object("model")?.ok_or_else(|| json.missing("model", "an object"))?;
     let kind = model.str("type")?;
     let is_unigram = kind == "Unigram";
+    // It leaves out merges at random.
+    if let Some(dropout) = model.get("dropout").filter(|dropout| dropout.as_f64() != Some(0.0)) {
+        return Err(model.wrong("dropout", "none", dropout));
+    }
     if kind != "BPE" && !is_unigram {
         return Err(model.wrong("type", "BPE or Unigram", kind));
     }
