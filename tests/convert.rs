@@ -483,6 +483,14 @@ fn what_is_not_supported_is_named() {
         ("mistral", CONFIG, "/layer_types", json!(["chunked_attention"]), "layer_types"),
         ("olmo3", CONFIG, "/layer_types", json!(["full_attention"]), "for each layer"),
         ("olmo3", CONFIG, "/sliding_window", Value::Null, "sliding_window"),
+        ("llama", CONFIG, "/layer_types", json!(["chunked_attention"]), "full_attention for each layer"),
+        (
+            "gemma3",
+            CONFIG,
+            "/rope_parameters/sliding_attention/partial_rotary_factor",
+            json!(0.5),
+            "expected 1, got 0.5",
+        ),
         ("olmo3", CONFIG, "/use_sliding_window", json!(false), "because of layer_types"),
         ("qwen2", CONFIG, "/rope_parameters/truncate", json!(false), "truncate"),
         ("qwen2", CONFIG, "/rope_parameters", Value::Null, "rope_theta"),
@@ -743,6 +751,11 @@ fn weights_that_do_not_fit_are_named() {
     let copy = Copy::of("qwen2");
     copy.set(CONFIG, "/tie_word_embeddings", json!(false));
     copy.is_refused("untied", "lm_head.weight");
+    copy.remove(CONFIG, "/tie_word_embeddings");
+    copy.is_refused("untied by default", "lm_head.weight");
+    let copy = Copy::of("gemma2");
+    copy.remove(CONFIG, "/tie_word_embeddings");
+    assert!(converted(&copy.0, Format::F32).is_ok());
 }
 
 #[test]

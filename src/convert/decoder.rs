@@ -717,11 +717,16 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
     let uses = config.bool("use_sliding_window")? != Some(false);
     let Some(length) = config.optional_u32("sliding_window")?.filter(|_| uses) else {
         let types = config.get("layer_types").and_then(Value::as_array);
-        let windowed = types.into_iter().flatten().any(|kind| kind == "sliding_attention");
-        return match windowed {
-            true if uses => Err(config.missing("sliding_window", "the window of layer_types")),
-            true => Err(config.wrong("use_sliding_window", "true, because of layer_types", false)),
-            false => Ok(()),
+        // Layers without attention are of no concern here.
+        let all = family.recurrent.is_empty() && family.has_rope;
+        let wrong = |kind: &&Value| **kind == "sliding_attention" || all && **kind != "full_attention";
+        return match types.into_iter().flatten().find(wrong) {
+            Some(kind) if kind != "sliding_attention" => {
+                Err(config.wrong("layer_types", "full_attention for each layer", kind))
+            }
+            Some(_) if uses => Err(config.missing("sliding_window", "the window of layer_types")),
+            Some(_) => Err(config.wrong("use_sliding_window", "true, because of layer_types", false)),
+            None => Ok(()),
         };
     };
     let by_period = |period: u32| (1..=layers).map(move |layer| layer.checked_rem(period) != Some(0));

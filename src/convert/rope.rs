@@ -77,6 +77,17 @@ impl Rope<'_> {
         if let Some(part) = part.filter(|part| !(0.0..=1.0).contains(part)) {
             return Err(config.wrong("partial_rotary_factor", "0 to 1", part));
         }
+        if let Some(windowed) = &windowed {
+            // Files have a number of pairs for all layers; Gemma 4's layers with a window rotate all.
+            let all = if *architecture == "gemma4" { 1.0 } else { part.unwrap_or(1.0) };
+            let own = match windowed.optional_f64("partial_rotary_factor")? {
+                Some(own) => own,
+                None => config.optional_f64("partial_rotary_factor")?.unwrap_or(1.0),
+            };
+            if own != all {
+                return Err(windowed.wrong("partial_rotary_factor", &all.to_string(), own));
+            }
+        }
         let rotated = match (part, config.optional_u32("rotary_dim")?) {
             (None, Some(rotated)) if rotated > self.head_dim => {
                 return Err(config.wrong("rotary_dim", &format!("at most {}", self.head_dim), rotated));
