@@ -364,6 +364,14 @@ impl Copy {
         std::fs::write(self.0.join(file), json.to_string()).unwrap();
     }
 
+    /// Removes a value of a JSON file.
+    fn remove(&self, file: &str, pointer: &str) {
+        let mut json = json_of(&self.0, file);
+        let (parent, key) = pointer.rsplit_once('/').unwrap();
+        json.pointer_mut(parent).unwrap().as_object_mut().unwrap().remove(key);
+        std::fs::write(self.0.join(file), json.to_string()).unwrap();
+    }
+
     /// Replaces the first such bytes in a file.
     fn replace(&self, file: &str, from: &[u8], to: &[u8]) {
         let mut bytes = std::fs::read(self.0.join(file)).unwrap();
@@ -445,7 +453,9 @@ fn what_is_not_supported_is_named() {
             "its scales: expected the shape",
         ),
         ("gpt_oss", CONFIG, "/quantization_config/quant_method", json!("fp8"), "_blocks"),
+        ("gpt_oss", CONFIG, "/swiglu_alpha", json!(1), "expected 1.702, got 1"),
         ("gpt_oss", CONFIG, "/swiglu_limit", json!(8), "swiglu_limit"),
+        ("llama", CONFIG, "/rope_scaling", json!({"rope_type": "default"}), "the same as rope_parameters"),
         ("llama", CONFIG, "/rope_parameters/rope_type", json!("dynamic"), "got dynamic"),
         ("llama", CONFIG, "/rope_parameters/low_freq_factor", json!("1"), "low_freq_factor"),
         ("llama", CONFIG, "/rope_parameters/factor", json!(-8), "factor"),
@@ -463,7 +473,8 @@ fn what_is_not_supported_is_named() {
         ("llama", CONFIG, "/vocab_size", json!(u32::MAX), "tokens"),
         ("llama", CONFIG, "/vocab_size", json!(300), "the embedding's rows"),
         ("phi3", CONFIG, "/rope_parameters/original_max_position_embeddings", json!(1), "attn_factor"),
-        ("phi3", CONFIG, "/rope_parameters/partial_rotary_factor", json!(-1), "rope.dimension_count"),
+        ("phi3", CONFIG, "/rope_parameters/partial_rotary_factor", json!(-1), "expected 0 to 1, got -1"),
+        ("phi3", CONFIG, "/rope_parameters/partial_rotary_factor", json!(1.5), "expected 0 to 1, got 1.5"),
         ("gemma2", CONFIG, "/query_pre_attn_scalar", json!(0), "attention.scale"),
         ("gemma2", CONFIG, "/query_pre_attn_scalar", json!(-1), "attention.scale"),
         ("llama", CONFIG, "/num_key_value_heads", json!(3), "blk.0.attn_k"),
@@ -471,6 +482,16 @@ fn what_is_not_supported_is_named() {
         ("llama", CONFIG, "/tie_word_embeddings", json!("yes"), "true or false"),
         ("mistral", CONFIG, "/layer_types", json!(["chunked_attention"]), "layer_types"),
         ("olmo3", CONFIG, "/layer_types", json!(["full_attention"]), "for each layer"),
+        ("olmo3", CONFIG, "/sliding_window", Value::Null, "sliding_window"),
+        ("llama", CONFIG, "/layer_types", json!(["chunked_attention"]), "full_attention for each layer"),
+        (
+            "gemma3",
+            CONFIG,
+            "/rope_parameters/sliding_attention/partial_rotary_factor",
+            json!(0.5),
+            "expected 1, got 0.5",
+        ),
+        ("olmo3", CONFIG, "/use_sliding_window", json!(false), "because of layer_types"),
         ("qwen2", CONFIG, "/rope_parameters/truncate", json!(false), "truncate"),
         ("qwen2", CONFIG, "/rope_parameters", Value::Null, "rope_theta"),
         ("smollm3", CONFIG, "/no_rope_layers/0", json!(0), "no_rope_layers"),
@@ -497,6 +518,7 @@ fn what_is_not_supported_is_named() {
         ("gemma4", CONFIG, "/layer_types", json!(["full_attention"]), "for each layer"),
         ("gemma4", CONFIG, "/global_head_dim", Value::Null, "global_head_dim"),
         ("granitehybrid", CONFIG, "/position_embedding_type", json!("alibi"), "rope or nope"),
+        ("granitehybrid", CONFIG, "/position_embedding_type", json!(true), "rope or nope"),
         ("granitehybrid", CONFIG, "/mamba_n_groups", json!(0), "blk.0.ssm_norm"),
         ("granitehybrid", CONFIG, "/mamba_expand", json!(3), "blk.0.ssm_"),
         ("deepseek_v2", CONFIG, "/topk_method", json!("group_limited_greedy"), "expected greedy"),
@@ -508,6 +530,9 @@ fn what_is_not_supported_is_named() {
         ("deepseek_v3", CONFIG, "/v_head_dim", json!(u32::MAX), "1 to 65536"),
         ("ernie4_5_moe", CONFIG, "/moe_layer_end_index", json!(0), "the last layer"),
         ("ernie4_5_moe", CONFIG, "/moe_layer_interval", json!(2), "interleave_moe_layer_step"),
+        ("ernie4_5_moe", CONFIG, "/moe_layer_interval", json!(0), "expected at least 1"),
+        ("ernie4_5_moe", CONFIG, "/moe_norm_min", json!(1e-6), "moe_norm_min"),
+        ("deepseek_v3", CONFIG, "/topk_group", json!(100), "at most n_group"),
         ("gpt_neox", CONFIG, "/num_attention_heads", json!(3), "blk.0.attn_qkv"),
         ("gpt_neox", CONFIG, "/num_attention_heads", json!(64), "blk.0.attn_qkv"),
         ("hunyuan_v1_dense", CONFIG, "/rope_parameters/alpha", Value::Null, "got dynamic"),
@@ -523,6 +548,11 @@ fn what_is_not_supported_is_named() {
         ("mamba", CONFIG, "/intermediate_size", json!(40), "blk.0.ssm_"),
         ("mamba", CONFIG, "/use_bias", json!(true), "use_bias"),
         ("mamba2", CONFIG, "/time_step_limit", json!([0.001, 0.1]), "0 and no end"),
+        ("mamba2", CONFIG, "/time_step_limit", json!([0.001, null]), "0 and no end"),
+        ("mamba2", CONFIG, "/time_step_limit", json!([0, 0]), "0 and no end"),
+        ("mamba2", CONFIG, "/time_step_limit", json!([0, "1"]), "0 and no end"),
+        ("falcon_h1", CONFIG, "/time_step_limit", json!(["0", null]), "0 and no end"),
+        ("nemotron_h", CONFIG, "/time_step_limit", json!("all"), "0 and no end"),
         ("mamba2", CONFIG, "/n_groups", json!(3), "3 groups of 8"),
         ("nemotron_h", CONFIG, "/layers_block_type/2", json!("moe"), "no shared experts"),
         ("nemotron_h", CONFIG, "/layers_block_type/0", json!("moe"), "expected mlp or moe, got both"),
@@ -562,6 +592,7 @@ fn what_is_not_supported_is_named() {
         ("llama", VOCABULARY, "/model/merges/0", json!(["a"]), "pairs of texts"),
         ("llama", VOCABULARY, "/model/end_of_word_suffix", json!("</w>"), "end_of_word_suffix"),
         ("llama", VOCABULARY, "/model/ignore_merges", json!(1), "ignore_merges"),
+        ("llama", VOCABULARY, "/model/dropout", json!(0.1), "dropout"),
         (
             "llama",
             VOCABULARY,
@@ -603,6 +634,73 @@ fn what_is_not_supported_is_named() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// Options that folders leave out are those of transformers' configurations.
+#[test]
+fn options_that_are_left_out_have_defaults() {
+    let mut wrong = Vec::new();
+    for (family, key, default, other) in [
+        ("cohere", "logit_scale", json!(0.0625), json!(1)),
+        ("cohere2", "sliding_window", json!(4096), json!(8)),
+        ("deepseek_v3", "routed_scaling_factor", json!(2.5), json!(1)),
+        ("deepseek_v3", "norm_topk_prob", json!(true), json!(false)),
+        ("exaone4", "sliding_window", json!(4096), json!(8)),
+        ("exaone_moe", "sliding_window", json!(4096), json!(8)),
+        ("gemma2", "attn_logit_softcapping", json!(50.0), json!(null)),
+        ("gemma2", "final_logit_softcapping", json!(30.0), json!(null)),
+        ("gemma2", "query_pre_attn_scalar", json!(256), json!(16)),
+        ("gemma2", "sliding_window", json!(4096), json!(8)),
+        ("gemma3", "query_pre_attn_scalar", json!(256), json!(16)),
+        ("gemma3", "sliding_window", json!(4096), json!(8)),
+        ("embedding_gemma", "query_pre_attn_scalar", json!(256), json!(16)),
+        ("embedding_gemma", "sliding_window", json!(4096), json!(8)),
+        ("gemma3n", "sliding_window", json!(512), json!(8)),
+        ("gemma4", "sliding_window", json!(512), json!(8)),
+        ("glm", "rope_parameters/partial_rotary_factor", json!(0.5), json!(1)),
+        ("glm4", "rope_parameters/partial_rotary_factor", json!(0.5), json!(1)),
+        ("glm4_moe", "rope_parameters/partial_rotary_factor", json!(0.5), json!(1)),
+        ("glm4_moe", "norm_topk_prob", json!(true), json!(false)),
+        ("glm4_moe_lite", "routed_scaling_factor", json!(1.8), json!(1)),
+        ("gpt_neox", "rope_parameters/partial_rotary_factor", json!(0.25), json!(1)),
+        ("gpt_neox", "use_parallel_residual", json!(true), json!(false)),
+        ("gpt_oss", "sliding_window", json!(128), json!(8)),
+        ("granite", "attention_multiplier", json!(1.0), json!(0.5)),
+        ("granitehybrid", "attention_multiplier", json!(1.0), json!(0.5)),
+        ("granitehybrid", "logits_scaling", json!(1.0), json!(0.5)),
+        ("granitemoe", "residual_multiplier", json!(1.0), json!(0.5)),
+        ("granitemoeshared", "embedding_multiplier", json!(1.0), json!(0.5)),
+        ("lfm2_moe", "norm_topk_prob", json!(true), json!(false)),
+        ("mistral", "sliding_window", json!(4096), json!(null)),
+        ("nemotron", "rope_parameters/partial_rotary_factor", json!(0.5), json!(1)),
+        ("nemotron_h-moe", "norm_topk_prob", json!(true), json!(false)),
+        ("olmo3", "sliding_window", json!(4096), json!(8)),
+        ("phi", "rope_parameters/partial_rotary_factor", json!(0.5), json!(1)),
+        ("qwen3_5_text", "rope_parameters/partial_rotary_factor", json!(0.25), json!(1)),
+        ("qwen3_next", "rope_parameters/partial_rotary_factor", json!(0.25), json!(1)),
+        ("stablelm", "rope_parameters/partial_rotary_factor", json!(0.25), json!(1)),
+        ("stablelm", "use_parallel_residual", json!(false), json!(true)),
+    ] {
+        let copy = Copy::of(family);
+        let bytes = || {
+            let mut bytes = Vec::new();
+            convert(&copy.0, Format::F16, &mut bytes, &mut |_| {}).map(|_| bytes)
+        };
+        let pointer = format!("/{key}");
+        copy.set(CONFIG, &pointer, other);
+        let other = bytes();
+        copy.set(CONFIG, &pointer, default);
+        let stated = bytes();
+        copy.remove(CONFIG, &pointer);
+        match (stated, bytes(), other) {
+            (Ok(stated), Ok(left_out), other)
+                if stated == left_out && other.as_ref().ok() != Some(&stated) => {}
+            (stated, left_out, _) => {
+                wrong.push(format!("{family} {key}: {:?} {:?}", stated.err(), left_out.err()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
 #[test]
 fn weights_that_do_not_fit_are_named() {
     const WEIGHTS: &str = "model.safetensors";
@@ -619,6 +717,11 @@ fn weights_that_do_not_fit_are_named() {
         ("granitehybrid", "[40,24]", "[15,64]", "an even number of rows"),
         ("granitehybrid", "[40,24]", "[960]  ", "an even number of rows"),
         ("qwen3_5_text", "[48,24]", "[24,48]", "of value heads"),
+        ("../bert", "query.bias", "query.size", "0.attention.self.query.bias` is missing"),
+        ("roberta", "LayerNorm.bias", "LayerNorm.size", "LayerNorm.bias` is missing"),
+        ("distilbert", "lin1.bias", "lin1.size", "0.ffn.lin1.bias` is missing"),
+        ("nomic_bert", "norm2.bias", "norm2.size", "norm2.bias` is missing"),
+        ("bert-rank", "classifier.bias", "classifier.size", "classifier.bias` is missing"),
     ] {
         let copy = Copy::of(family);
         copy.replace(WEIGHTS, from.as_bytes(), to.as_bytes());
@@ -640,10 +743,19 @@ fn weights_that_do_not_fit_are_named() {
     bytes.extend([0xc0, 0x7f]);
     std::fs::write(copy.0.join(WEIGHTS), &bytes).unwrap();
     copy.is_refused("not a number", "not finite");
+    // As older folders name it.
+    let copy = Copy::of("../bert");
+    copy.replace(WEIGHTS, b"LayerNorm.bias", b"LayerNorm.beta");
+    assert!(converted(&copy.0, Format::F32).is_ok());
     // A folder without an output matrix that has one by its config.
     let copy = Copy::of("qwen2");
     copy.set(CONFIG, "/tie_word_embeddings", json!(false));
     copy.is_refused("untied", "lm_head.weight");
+    copy.remove(CONFIG, "/tie_word_embeddings");
+    copy.is_refused("untied by default", "lm_head.weight");
+    let copy = Copy::of("gemma2");
+    copy.remove(CONFIG, "/tie_word_embeddings");
+    assert!(converted(&copy.0, Format::F32).is_ok());
 }
 
 #[test]
@@ -704,9 +816,12 @@ fn codes_without_elements_are_refused() {
     ] {
         let copy = Copy::of(family);
         std::fs::write(copy.0.join("README.md"), "# Qwen3-Reranker").unwrap();
-        let view = TensorView::new(Dtype::F32, vec![many, 0], &[]).unwrap();
-        let bytes = safetensors::serialize([(name, view)], None).unwrap();
-        std::fs::write(copy.0.join("model.safetensors"), bytes).unwrap();
+        let path = copy.0.join("model.safetensors");
+        let whole = std::fs::read(&path).unwrap();
+        let mut tensors = safetensors::SafeTensors::deserialize(&whole).unwrap().tensors();
+        let place = tensors.iter_mut().find(|(other, _)| other.ends_with(name)).unwrap();
+        place.1 = TensorView::new(Dtype::F32, vec![many, 0], &[]).unwrap();
+        std::fs::write(&path, safetensors::serialize(tensors, None).unwrap()).unwrap();
         copy.is_refused("no elements", "expected a matrix with elements");
     }
 }
@@ -768,7 +883,9 @@ fn sentence_bert() -> Copy {
                 "normalizer": {"type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true,
                     "strip_accents": null, "lowercase": true},
                 "pre_tokenizer": {"type": "BertPreTokenizer"},
-                "model": {"type": "WordPiece", "continuing_subword_prefix": "##",
+                "post_processor": {"type": "BertProcessing", "cls": ["[CLS]", id("[CLS]")],
+                    "sep": ["[SEP]", id("[SEP]")]},
+                "model": {"type": "WordPiece", "continuing_subword_prefix": "##", "unk_token": "[UNK]",
                     "max_input_chars_per_word": 7, "vocab": vocab},
             }),
         ),
@@ -825,7 +942,17 @@ fn what_bert_does_besides_is_named() {
         (VOCABULARY, "/normalizer/lowercase", json!(false), "lowercase"),
         (VOCABULARY, "/normalizer/handle_chinese_chars", json!(false), "handle_chinese_chars"),
         (VOCABULARY, "/normalizer/type", json!("NFKC"), "BertNormalizer"),
+        (VOCABULARY, "/normalizer", json!(null), "BertNormalizer"),
+        (VOCABULARY, "/normalizer", json!({}), "BertNormalizer"),
         (VOCABULARY, "/pre_tokenizer/type", json!("Whitespace"), "BertPreTokenizer"),
+        (VOCABULARY, "/pre_tokenizer", json!(null), "BertPreTokenizer"),
+        (VOCABULARY, "/pre_tokenizer", json!({}), "BertPreTokenizer"),
+        (VOCABULARY, "/post_processor", json!(null), "[CLS] A [SEP]"),
+        (VOCABULARY, "/post_processor/cls/0", json!("[SEP]"), "[CLS] A [SEP]"),
+        (VOCABULARY, "/post_processor/type", json!("RobertaProcessing"), "[CLS] A [SEP] B [SEP]"),
+        (VOCABULARY, "/model/unk_token", json!("[PAD]"), "expected [UNK], got \"[PAD]\""),
+        (VOCABULARY, "/model/unk_token", json!(null), "unk_token"),
+        (VOCABULARY, "/model", json!(null), "model"),
         (VOCABULARY, "/model/vocab/cat", json!(0), "the tokens of vocab.txt"),
         (VOCABULARY, "/model/max_input_chars_per_word", json!("7"), "max_input_chars_per_word"),
         (VOCABULARY, "/added_tokens/0/single_word", json!(true), "single_word"),
@@ -842,7 +969,8 @@ fn what_bert_does_besides_is_named() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     let copy = sentence_bert();
-    std::fs::write(copy.0.join("modules.json"), "[]").unwrap();
+    let two = json!([{"type": "models.Transformer", "path": ""}, {"type": "models.Pooling"}]);
+    std::fs::write(copy.0.join("modules.json"), two.to_string()).unwrap();
     let (_, left_out) = convert_to_gguf(&copy.0);
     assert!(left_out.len() == 1 && left_out[0].contains("--no-normalize"), "{left_out:?}");
     // Of Nemotron-H: steps that have a least length, and layers in the older form.
@@ -896,6 +1024,21 @@ fn what_encoders_lack_is_named() {
             json!(0),
             "types 0 of the first text",
         ),
+        (
+            "bert-rank-types",
+            VOCABULARY,
+            "/post_processor/single/0/SpecialToken/type_id",
+            json!(1),
+            "expected types 0",
+        ),
+        (
+            "bert-rank",
+            VOCABULARY,
+            "/post_processor/single",
+            json!([{"Sequence": {"id": "A"}}]),
+            "[CLS] A [SEP]",
+        ),
+        ("bert-rank", VOCABULARY, "/post_processor/pair", json!([]), "[CLS] A [SEP] B [SEP]"),
         ("bert-rank-types", CONFIG, "/type_vocab_size", json!(3), "token_types.weight"),
         ("bert-rank", CONFIG, "/architectures/0", json!("BertModel"), "`classifier.bias` is unknown"),
         (
@@ -924,11 +1067,29 @@ fn what_encoders_lack_is_named() {
         ("distilbert", CONFIG, "/activation", json!("relu"), "expected gelu, got"),
         ("distilbert", CONFIG, "/n_layers", json!(1), "blk.1."),
         ("embedding_gemma", DENSE, "/bias", json!(true), "expected false, got true"),
+        ("embedding_gemma", DENSE, "/bias", json!(null), "expected false, got null"),
         ("embedding_gemma", DENSE, "/activation_function", json!("torch.nn.Tanh"), "Identity"),
+        ("embedding_gemma", DENSE, "/activation_function", json!(null), "Identity"),
         ("embedding_gemma", DENSE, "/out_features", json!(32), "dense_2.weight"),
         ("embedding_gemma", MODULES, "/2/path", json!("../2_Dense"), "a folder of the folder"),
         ("embedding_gemma", MODULES, "/4/type", json!("models.Dense"), "at most 2 of the kind Dense"),
-        ("embedding_gemma", MODULES, "/1/type", json!("models.Normalize"), "Normalize as the last one"),
+        (
+            "embedding_gemma",
+            MODULES,
+            "/1/type",
+            json!("models.Normalize"),
+            "Dense, Normalize in this order, got Normalize at 1",
+        ),
+        (
+            "embedding_gemma",
+            MODULES,
+            "/3/type",
+            json!("models.Normalize"),
+            "in this order, got Normalize at 4",
+        ),
+        ("embedding_gemma", MODULES, "/2/type", json!("models.Pooling"), "in this order, got Pooling at 2"),
+        ("embedding_gemma", MODULES, "/0/type", json!("models.Pooling"), "in this order, got Pooling at 0"),
+        ("embedding_gemma", MODULES, "/0/path", json!("0_Transformer"), "none for the Transformer"),
         ("embedding_gemma", MODULES, "/2/type", json!("models.LSTM"), "one of Transformer"),
         ("qwen3-embedding", MODULES, "/2/type", json!("models.Dense"), "one of Transformer"),
         (
@@ -944,6 +1105,25 @@ fn what_encoders_lack_is_named() {
         wrong.extend(copy.refused(&format!("{family}, {file} {pointer} {value}"), says));
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn modules_are_complete() {
+    use safetensors::tensor::{Dtype, TensorView};
+    for modules in [json!([]), json!({}), json!([{"type": "models.Transformer", "path": ""}])] {
+        let copy = Copy::of("embedding_gemma");
+        std::fs::write(copy.0.join("modules.json"), modules.to_string()).unwrap();
+        copy.is_refused("no pooling", "Transformer, Pooling, Dense, Normalize in this order");
+    }
+    // A bias that the module's options deny.
+    let copy = Copy::of("embedding_gemma");
+    let path = copy.0.join("2_Dense/model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let mut tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap().tensors();
+    let zeros = vec![0; 4 * 32];
+    tensors.push(("linear.bias".into(), TensorView::new(Dtype::F32, vec![32], &zeros).unwrap()));
+    std::fs::write(&path, safetensors::serialize(tensors, None).unwrap()).unwrap();
+    copy.is_refused("bias", "`dense_2.linear.bias` is unknown");
 }
 
 /// The options of Nomic's own configurations, and of newer versions of sentence-transformers.
@@ -972,7 +1152,7 @@ fn other_names_of_options_are_known() {
     let copy = Copy::of("gemma3-vision");
     let given = converted(&copy.0, Format::F32).unwrap();
     for key in ["rms_norm_eps", "rope_parameters"] {
-        copy.set(CONFIG, &format!("/text_config/{key}"), Value::Null);
+        copy.remove(CONFIG, &format!("/text_config/{key}"));
     }
     let left_out = converted(&copy.0, Format::F32).unwrap();
     assert_eq!(given.hparams().layer_norm_rms_epsilon, left_out.hparams().layer_norm_rms_epsilon);

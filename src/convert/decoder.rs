@@ -173,7 +173,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         w.entry(&format!("{architecture}.expert_shared_feed_forward_length"), hidden)?;
     }
     if model_type == "ministral3"
-        && let Some(rope) = config.object("rope_parameters")?
+        && let Some(rope) = config.object("rope_parameters")?.or(config.object("rope_scaling")?)
         && let Some(scale) = rope.optional_f64("llama_4_scaling_beta")?
     {
         w.entry("mistral3.attention.temperature_scale", scale as f32)?;
@@ -214,7 +214,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let tied = match (config.bool("tie_word_embeddings")?, outer.bool("tie_word_embeddings")?) {
         // Versions of the library differ in which of them counts, so the folder's matrix does.
         (Some(inner), Some(outer)) if inner != outer => None,
-        (inner, outer) => inner.or(outer),
+        (inner, outer) => inner.or(outer).or((!seeing).then_some(false)),
     };
     match tied {
         // Vectors and scores of a matrix of its own need no output matrix.
@@ -231,6 +231,14 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     }
     if drafting > 0 {
         left_out.push("layers that draft tokens are left out".to_owned());
+    }
+    if config.optional_u32("moe_layer_interval")? == Some(0) {
+        return Err(config.wrong("moe_layer_interval", "at least 1", 0));
+    }
+    if let (Some(groups), Some(used)) = (config.optional_u32("n_group")?, config.optional_u32("topk_group")?)
+        && used > groups
+    {
+        return Err(config.wrong("topk_group", &format!("at most n_group, {groups}"), used));
     }
     if let Some(last) = config.get("moe_layer_end_index").filter(|last| last.as_i64() != Some(-1))
         && last.as_u64() != Some(u64::from(layers).saturating_sub(1))
@@ -452,18 +460,24 @@ fn scan(config: &Json, architecture: &str, w: &mut Writer) -> Result<Vec<(&'stat
     };
     w.entry(&format!("{architecture}.ssm.inner_size"), inner)?;
     if let Some(limits) = config.get("time_step_limit") {
-        let limits = limits.as_array().map_or(&[][..], |limits| &limits[..]);
-        // Without an end: JSON has no infinity.
-        let is_all = |limit: &Value| limit.as_f64().is_none_or(|limit| limit == 0.0);
-        if !limits.iter().all(is_all) {
+        // Without an end: JSON has no infinity, for which the library also writes an object.
+        let is_all = match limits.as_array().map(|limits| &limits[..]) {
+            Some([first, end]) => {
+                let end = end.get("__float__").map_or(end.is_null(), |end| end == "Infinity");
+                first.as_f64() == Some(0.0) && end
+            }
+            _ => false,
+        };
+        if !is_all {
             return Err(config.missing("time_step_limit", "0 and no end"));
         }
     }
     if architecture == "granitehybrid" {
-        let positions = match config.get("position_embedding_type").and_then(Value::as_str) {
+        let kind = config.get("position_embedding_type");
+        let positions = match kind.map(|kind| kind.as_str().unwrap_or_default()) {
             Some("rope") => true,
             Some("nope") | None => false,
-            Some(other) => return Err(config.wrong("position_embedding_type", "rope or nope", other)),
+            Some(_) => return Err(config.missing("position_embedding_type", "rope or nope")),
         };
         w.entry("granitehybrid.rope.scaling.finetuned", positions)?;
     }
@@ -700,10 +714,21 @@ fn latent(config: &Json, w: &mut Writer) -> Result<[(&'static str, &'static str,
 
 /// Writes the sliding window and its layers.
 fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result<()> {
-    let Some(length) = config.optional_u32("sliding_window")? else { return Ok(()) };
-    if config.bool("use_sliding_window")? == Some(false) {
-        return Ok(());
-    }
+    let uses = config.bool("use_sliding_window")? != Some(false);
+    let Some(length) = config.optional_u32("sliding_window")?.filter(|_| uses) else {
+        let types = config.get("layer_types").and_then(Value::as_array);
+        // Layers without attention are of no concern here.
+        let all = family.recurrent.is_empty() && family.has_rope;
+        let wrong = |kind: &&Value| **kind == "sliding_attention" || all && **kind != "full_attention";
+        return match types.into_iter().flatten().find(wrong) {
+            Some(kind) if kind != "sliding_attention" => {
+                Err(config.wrong("layer_types", "full_attention for each layer", kind))
+            }
+            Some(_) if uses => Err(config.missing("sliding_window", "the window of layer_types")),
+            Some(_) => Err(config.wrong("use_sliding_window", "true, because of layer_types", false)),
+            None => Ok(()),
+        };
+    };
     let by_period = |period: u32| (1..=layers).map(move |layer| layer.checked_rem(period) != Some(0));
     let default: Vec<bool> = match family.window {
         Window::All => vec![true; layers as usize],
@@ -725,9 +750,11 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
             list.ok_or_else(|| config.wrong("layer_types", expected, types))?
         }
         (None, Some(period)) => by_period(config.u32(period)?).collect(),
-        (None, None) if config.get("use_sliding_window").is_some() => {
-            // Versions of the library chose the layers differently.
-            return Err(config.missing("layer_types", "a list beside use_sliding_window"));
+        // Versions of the library chose the layers differently.
+        (None, None)
+            if ["use_sliding_window", "max_window_layers"].iter().any(|key| config.get(key).is_some()) =>
+        {
+            return Err(config.missing("layer_types", "a list beside max_window_layers"));
         }
         (None, None) => default.clone(),
     };

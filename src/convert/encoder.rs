@@ -26,6 +26,8 @@ struct Family {
     head: Names,
     /// Names that embeddings do not need: heads of the training.
     unused: &'static [&'static str],
+    /// Endings of the names that have a bias, in every layer.
+    biased: &'static [&'static str],
     keys: &'static [Key],
     /// Values of options that folders leave out, as JSON has them.
     defaults: &'static [(&'static str, &'static str)],
@@ -116,8 +118,9 @@ const BERT: Family = Family {
     names: BERT_NAMES,
     head: &[("pooler.dense", "cls"), ("classifier", "cls.output")],
     unused: &["pooler.*", "cls.*", "embeddings.position_ids"],
+    biased: &["LayerNorm", "query", "key", "value", "dense"],
     keys: &[],
-    defaults: &[],
+    defaults: &[("type_vocab_size", "2")],
     only: &[
         ("hidden_act", Only::Text("gelu")),
         ("position_embedding_type", Only::Text("absolute")),
@@ -149,6 +152,7 @@ const FAMILIES: &[Family] = &[
         names: DISTIL_NAMES,
         head: &[],
         unused: &["vocab_*"],
+        biased: &["LayerNorm", "_lin", "lin1", "lin2", "layer_norm"],
         defaults: &[("layer_norm_eps", "1e-12")],
         only: &[("activation", Only::Text("gelu"))],
         ..BERT
@@ -160,7 +164,9 @@ const FAMILIES: &[Family] = &[
         names: MODERN_NAMES,
         head: &[],
         unused: &["head.*", "decoder.*"],
+        biased: &[],
         keys: &[("hidden_activation", &["hidden_activation"], Kind::Text)],
+        defaults: &[],
         only: &[("is_decoder", Only::Bool(false))],
         has_rope: true,
         rope_bases: [Some(160_000.0), Some(10_000.0)],
@@ -172,6 +178,7 @@ const FAMILIES: &[Family] = &[
         architecture: "nomic-bert",
         names: NOMIC_NAMES,
         head: &[],
+        biased: &["emb_ln", "norm1", "norm2"],
         only: &[
             ("hidden_act", Only::Text("silu")),
             ("activation_function", Only::Text("swiglu")),
@@ -238,6 +245,17 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         w.entry("tokenizer.ggml.token_type_count", types)?;
     }
     let (mut names, mut unused, mut required) = (vec![family.names], family.unused.to_vec(), Vec::new());
+    let count = KEYS
+        .iter()
+        .find(|(key, ..)| *key == "block_count")
+        .and_then(|(_, from, _)| from.iter().find_map(|from| config.get(from).and_then(Value::as_u64)));
+    let layers = count.unwrap_or(0).min(MAX_LAYERS as u64);
+    for (from, _) in
+        family.names.iter().filter(|(from, _)| family.biased.iter().any(|end| from.ends_with(end)))
+    {
+        let of_layers = if from.contains("{}") { layers } else { 1 };
+        required.extend((0..of_layers).map(|layer| from.replace("{}", &layer.to_string()) + ".bias"));
+    }
     let ranks = has_classification_head(config);
     if ranks {
         if family.head.is_empty() {
@@ -248,15 +266,15 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         names.push(family.head);
         for (from, _) in family.head {
             unused.retain(|pattern| !super::matches(pattern, from));
-            required.push(format!("{from}.weight"));
+            required.extend(["weight", "bias"].map(|kind| format!("{from}.{kind}")));
         }
     }
     let fast = Json::open_if_there(folder, "tokenizer.json")?;
     let kind = fast.object("model")?;
     let word_pieces = kind.is_none_or(|model| model.get("type").is_none_or(|kind| kind == "WordPiece"));
     let mut left_out = Vec::new();
-    if ranks && config.optional_u32("type_vocab_size")?.is_some_and(|types| types > 1) {
-        types_of_pairs(&fast)?;
+    if config.optional_u32("type_vocab_size")?.is_some_and(|types| types > 1) {
+        types_of_tokens(&fast, ranks)?;
     }
     match word_pieces {
         true => wordpiece::write(folder, w)?,
@@ -337,20 +355,33 @@ fn window(config: &Json, architecture: &str, w: &mut Writer) -> Result<()> {
 }
 
 /// Rejects a template that gives tokens other types than 0 up to the token that ends the first text, and 1 behind it.
-fn types_of_pairs(fast: &Json) -> Result<()> {
+fn types_of_tokens(fast: &Json, of_pairs: bool) -> Result<()> {
     let Some(post) = fast.object("post_processor")? else { return Ok(()) };
+    let pieces = |key: &str| post.get(key).and_then(Value::as_array).into_iter().flatten();
+    let kind = |piece: &Value| {
+        let of = |kind: &str| piece.pointer(&format!("/{kind}/type_id"))?.as_u64();
+        of("Sequence").or(of("SpecialToken"))
+    };
+    if let Some(piece) = pieces("single").find(|piece| kind(piece) != Some(0)) {
+        return Err(post.wrong("single", "types 0", piece));
+    }
+    if !of_pairs {
+        return Ok(());
+    }
+    // RoBERTa's gives all tokens the type 0.
+    if !matches!(post.str("type")?, "BertProcessing" | "TemplateProcessing") {
+        return Err(post.missing("type", "TemplateProcessing or BertProcessing"));
+    }
     let mut part = 0;
     let mut is_behind_first = false;
-    for piece in post.get("pair").and_then(Value::as_array).into_iter().flatten() {
-        let of = |kind: &str, key: &str| piece.pointer(&format!("/{kind}/{key}"));
-        let kind = of("Sequence", "type_id").or(of("SpecialToken", "type_id")).and_then(Value::as_u64);
-        if kind != Some(part) {
+    for piece in pieces("pair") {
+        if kind(piece) != Some(part) {
             return Err(post.wrong("pair", "types 0 of the first text and 1 of the second one", piece));
         }
         if is_behind_first {
             part = 1;
         }
-        is_behind_first = of("Sequence", "id").is_some_and(|id| *id == "A");
+        is_behind_first = piece.pointer("/Sequence/id").is_some_and(|id| *id == "A");
     }
     Ok(())
 }

@@ -23,8 +23,7 @@ pub(super) struct Family {
     pub(super) without: &'static [&'static str],
     /// Keys that are the same for all its models.
     pub(super) fixed: &'static [(&'static str, u32)],
-    /// Values of options that folders leave out, as JSON has them.
-    pub(super) defaults: &'static [(&'static str, &'static str)],
+    pub(super) defaults: Defaults,
     /// Options with a single supported value.
     pub(super) only: &'static [(&'static str, Only)],
     /// Whether rows are reordered: published weights rotate elements `(i, i + n / 2)` of a head, GGUF files
@@ -224,6 +223,35 @@ const GRANITE_FACTORS: &[Key] = &[
     ("embedding_scale", &["embedding_multiplier"], Kind::F32),
     ("residual_scale", &["residual_multiplier"], Kind::F32),
     ("logit_scale", &["logits_scaling"], Kind::F32),
+];
+
+/// Values of options that folders leave out, as JSON has them: those of the library transformers.
+type Defaults = &'static [(&'static str, &'static str)];
+
+const TIED: (&str, &str) = ("tie_word_embeddings", "true");
+const WINDOW: (&str, &str) = ("sliding_window", "4096");
+const HALF_ROTATES: (&str, &str) = ("partial_rotary_factor", "0.5");
+const QUARTER_ROTATES: (&str, &str) = ("partial_rotary_factor", "0.25");
+const NORMALIZES: (&str, &str) = ("norm_topk_prob", "true");
+const NO_WINDOW: Defaults = &[("use_sliding_window", "false")];
+const GRANITE_DEFAULTS: [(&str, &str); 4] = [
+    ("attention_multiplier", "1.0"),
+    ("embedding_multiplier", "1.0"),
+    ("residual_multiplier", "1.0"),
+    ("logits_scaling", "1.0"),
+];
+
+/// Published models that also see name few options.
+const GEMMA_3_DEFAULTS: Defaults = &[
+    ("head_dim", "256"),
+    ("max_position_embeddings", "131072"),
+    ("num_attention_heads", "8"),
+    ("num_key_value_heads", "4"),
+    ("query_pre_attn_scalar", "256"),
+    ("rms_norm_eps", "1e-6"),
+    ("vocab_size", "262208"),
+    TIED,
+    WINDOW,
 ];
 
 /// Names of norms behind the blocks alone.
@@ -467,6 +495,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "cohere",
         architecture: "command-r",
+        defaults: &[("logit_scale", "0.0625"), TIED],
         // Published models state fewer positions than they were trained with.
         keys: &[
             ("context_length", &["model_max_length", "max_position_embeddings"], Kind::U32),
@@ -479,6 +508,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "cohere2",
         architecture: "cohere2",
+        defaults: &[("logit_scale", "0.0625"), TIED, WINDOW],
         keys: &[("logit_scale", &["logit_scale"], Kind::F32)],
         only: &[
             ("hidden_act", Only::Text("silu")),
@@ -493,6 +523,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family { model_type: "deepseek_v2", only: &[SILU, ("topk_method", Only::Text("greedy"))], ..DEEPSEEK },
     Family {
         model_type: "deepseek_v3",
+        defaults: &[("n_group", "8"), NORMALIZES, ("routed_scaling_factor", "2.5"), ("topk_group", "4")],
         only: &[
             SILU,
             ("topk_method", Only::Text("noaux_tc")),
@@ -516,6 +547,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "ernie4_5",
         architecture: "ernie4_5",
+        defaults: &[TIED],
         only: &[SILU, ("use_bias", Only::Bool(false))],
         interleaved: false,
         rope_base: Some(5e5),
@@ -524,13 +556,14 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "ernie4_5_moe",
         architecture: "ernie4_5-moe",
+        defaults: &[("moe_num_shared_experts", "2"), TIED],
         names: &[
             &[("layers.{}.mlp.moe_statics.e_score_correction_bias", "blk.{}.exp_probs_b.bias")],
             EXPERTS,
         ],
         unused: &["mtp_*"],
         keys: MIXTURE,
-        only: &[SILU, ("use_bias", Only::Bool(false))],
+        only: &[SILU, ("moe_norm_min", Only::Number(1e-12)), ("use_bias", Only::Bool(false))],
         interleaved: false,
         rope_base: Some(5e5),
         ..LLAMA
@@ -538,6 +571,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "exaone4",
         architecture: "exaone4",
+        defaults: &[WINDOW],
         names: &[RESULT_NORMS],
         interleaved: false,
         window: Window::Period(4),
@@ -546,6 +580,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "exaone_moe",
         architecture: "exaone-moe",
+        defaults: &[NORMALIZES, ("num_shared_experts", "1"), ("routed_scaling_factor", "2.5"), WINDOW],
         names: &[EXPERTS],
         unused: &["mtp.*"],
         keys: MIXTURE,
@@ -579,6 +614,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "gemma",
         architecture: "gemma",
+        defaults: &[TIED],
         names: &[],
         keys: &[],
         only: &[
@@ -592,6 +628,13 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "gemma2",
         architecture: "gemma2",
+        defaults: &[
+            ("attn_logit_softcapping", "50.0"),
+            ("final_logit_softcapping", "30.0"),
+            ("query_pre_attn_scalar", "256"),
+            TIED,
+            WINDOW,
+        ],
         window: Window::Period(2),
         rope_base: Some(1e4),
         ..GEMMA
@@ -599,16 +642,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "gemma3_text",
         architecture: "gemma3",
-        // Published models that also see name few options.
-        defaults: &[
-            ("head_dim", "256"),
-            ("max_position_embeddings", "131072"),
-            ("num_attention_heads", "8"),
-            ("num_key_value_heads", "4"),
-            ("query_pre_attn_scalar", "256"),
-            ("rms_norm_eps", "1e-6"),
-            ("vocab_size", "262208"),
-        ],
+        defaults: GEMMA_3_DEFAULTS,
         window: Window::Period(6),
         rope_base: Some(1e6),
         ..GEMMA
@@ -617,8 +651,12 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "gemma3_text",
         architecture: "gemma-embedding",
+        defaults: GEMMA_3_DEFAULTS,
         rope_base: Some(1e6),
-        names: &[&[("dense_2.linear", "dense_2"), ("dense_3.linear", "dense_3")], POST_NORMS],
+        names: &[
+            &[("dense_2.linear.weight", "dense_2.weight"), ("dense_3.linear.weight", "dense_3.weight")],
+            POST_NORMS,
+        ],
         keys: &[],
         only: &[
             ("hidden_activation", Only::Text("gelu_pytorch_tanh")),
@@ -632,6 +670,13 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "gemma3n_text",
         architecture: "gemma3n",
+        defaults: &[
+            ("final_logit_softcapping", "30.0"),
+            ("hidden_size_per_layer_input", "256"),
+            ("num_kv_shared_layers", "15"),
+            ("sliding_window", "512"),
+            TIED,
+        ],
         names: &[GEMMA_3N, GEMMA_4, POST_NORMS],
         keys: &[
             ("final_logit_softcapping", &["final_logit_softcapping"], Kind::F32),
@@ -655,6 +700,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "gemma4_text",
         architecture: "gemma4",
+        defaults: &[("hidden_size_per_layer_input", "256"), ("sliding_window", "512"), TIED],
         names: &[GEMMA_4, POST_NORMS],
         without: &[
             "attention.head_count_kv",
@@ -680,11 +726,26 @@ pub(super) const FAMILIES: &[Family] = &[
         ..GEMMA
     },
     // Its published weights already rotate adjacent elements.
-    Family { model_type: "glm", architecture: "chatglm", names: &[GLM], interleaved: false, ..LLAMA },
-    Family { model_type: "glm4", architecture: "glm4", names: &[GLM_4], interleaved: false, ..LLAMA },
+    Family {
+        model_type: "glm",
+        architecture: "chatglm",
+        defaults: &[HALF_ROTATES],
+        names: &[GLM],
+        interleaved: false,
+        ..LLAMA
+    },
+    Family {
+        model_type: "glm4",
+        architecture: "glm4",
+        defaults: &[HALF_ROTATES],
+        names: &[GLM_4],
+        interleaved: false,
+        ..LLAMA
+    },
     Family {
         model_type: "glm4_moe",
         architecture: "glm4moe",
+        defaults: &[HALF_ROTATES, NORMALIZES],
         names: &[&[("layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm")], EXPERTS],
         keys: MIXTURE,
         fixed: SIGMOID,
@@ -693,6 +754,7 @@ pub(super) const FAMILIES: &[Family] = &[
     },
     Family {
         model_type: "glm4_moe_lite",
+        defaults: &[NORMALIZES, ("routed_scaling_factor", "1.8")],
         only: &[SILU, ("rope_interleave", Only::Bool(true))],
         fixed: &[("attention.head_count_kv", 1), ("expert_gating_func", 2)],
         ..DEEPSEEK
@@ -700,6 +762,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "gpt_neox",
         architecture: "gptneox",
+        defaults: &[("rotary_pct", "0.25"), ("use_parallel_residual", "true")],
         prefixes: &["gpt_neox."],
         names: &[GPT_NEOX],
         output: "embed_out",
@@ -713,10 +776,12 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "gpt_oss",
         architecture: "gpt-oss",
+        defaults: &[("sliding_window", "128")],
         names: &[GPT_OSS],
         keys: &[("expert_feed_forward_length", &["intermediate_size"], Kind::U32)],
         only: &[
             ("hidden_act", Only::Text("silu")),
+            ("swiglu_alpha", Only::Number(1.702)),
             ("swiglu_limit", Only::Number(7.0)),
             ("attention_bias", Only::Bool(true)),
         ],
@@ -724,10 +789,17 @@ pub(super) const FAMILIES: &[Family] = &[
         window: Window::Period(2),
         ..LLAMA
     },
-    Family { model_type: "granite", architecture: "granite", keys: GRANITE_FACTORS, ..LLAMA },
+    Family {
+        model_type: "granite",
+        architecture: "granite",
+        defaults: &GRANITE_DEFAULTS,
+        keys: GRANITE_FACTORS,
+        ..LLAMA
+    },
     Family {
         model_type: "granitemoe",
         architecture: "granitemoe",
+        defaults: &GRANITE_DEFAULTS,
         names: &[GRANITE_4],
         keys: GRANITE_FACTORS,
         ..LLAMA
@@ -735,6 +807,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "granitemoeshared",
         architecture: "granitemoe",
+        defaults: &GRANITE_DEFAULTS,
         names: &[GRANITE_4, GRANITE_4_SHARED],
         keys: &[
             GRANITE_FACTORS[0],
@@ -748,6 +821,14 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "granitemoehybrid",
         architecture: "granitehybrid",
+        defaults: &[
+            GRANITE_DEFAULTS[0],
+            GRANITE_DEFAULTS[1],
+            GRANITE_DEFAULTS[2],
+            GRANITE_DEFAULTS[3],
+            ("num_experts_per_tok", "2"),
+            ("num_local_experts", "8"),
+        ],
         without: &["attention.head_count_kv", "feed_forward_length"],
         names: &[GRANITE_4],
         keys: &[
@@ -779,6 +860,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "lfm2",
         architecture: "lfm2",
+        defaults: &[("block_ffn_dim_multiplier", "1.0"), ("block_multiple_of", "256"), TIED],
         without: &["attention.head_count_kv", "feed_forward_length"],
         names: &[LFM2],
         keys: &[("shortconv.l_cache", &["conv_L_cache"], Kind::U32)],
@@ -791,6 +873,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "lfm2_moe",
         architecture: "lfm2moe",
+        defaults: &[NORMALIZES, TIED],
         without: &["attention.head_count_kv"],
         names: &[LFM2, LFM2_EXPERTS],
         keys: &[
@@ -810,6 +893,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "mamba",
         architecture: "mamba",
+        defaults: &[TIED],
         prefixes: &["backbone."],
         names: &[MAMBA],
         keys: &[
@@ -866,11 +950,12 @@ pub(super) const FAMILIES: &[Family] = &[
         only: &[SILU, ("sliding_window", Only::Absent)],
         ..LLAMA
     },
-    Family { model_type: "mistral", rope_base: Some(1e4), ..LLAMA },
+    Family { model_type: "mistral", defaults: &[WINDOW], rope_base: Some(1e4), ..LLAMA },
     Family { model_type: "mixtral", names: &[MIXTRAL], ..LLAMA },
     NEMOTRON,
     Family {
         architecture: "nemotron_h_moe",
+        defaults: &[NORMALIZES],
         keys: &[
             NEMOTRON.keys[0],
             NEMOTRON.keys[1],
@@ -894,6 +979,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "nemotron",
         architecture: "nemotron",
+        defaults: &[HALF_ROTATES],
         keys: &[("attention.layer_norm_epsilon", &["norm_eps"], Kind::F32)],
         without: &["attention.layer_norm_rms_epsilon"],
         only: &[("hidden_act", Only::Text("relu2"))],
@@ -902,7 +988,7 @@ pub(super) const FAMILIES: &[Family] = &[
         ..LLAMA
     },
     Family { model_type: "olmo2", ..OLMO },
-    Family { model_type: "olmo3", window: Window::Period(4), ..OLMO },
+    Family { model_type: "olmo3", defaults: &[WINDOW], window: Window::Period(4), ..OLMO },
     Family {
         model_type: "olmoe",
         architecture: "olmoe",
@@ -916,6 +1002,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "phi",
         architecture: "phi2",
+        defaults: &[HALF_ROTATES],
         names: &[PHI_2],
         only: &[("hidden_act", Only::Text("gelu_new")), ("qk_layernorm", Only::Bool(false))],
         interleaved: false,
@@ -933,21 +1020,29 @@ pub(super) const FAMILIES: &[Family] = &[
         rope_base: Some(1e4),
         ..LLAMA
     },
-    Family { model_type: "qwen2", architecture: "qwen2", interleaved: false, ..LLAMA },
-    Family { model_type: "qwen2_5_vl_text", architecture: "qwen2vl", interleaved: false, ..LLAMA },
+    Family { model_type: "qwen2", architecture: "qwen2", defaults: NO_WINDOW, interleaved: false, ..LLAMA },
+    Family {
+        model_type: "qwen2_5_vl_text",
+        architecture: "qwen2vl",
+        defaults: NO_WINDOW,
+        interleaved: false,
+        ..LLAMA
+    },
     Family {
         model_type: "qwen2_moe",
         architecture: "qwen2moe",
+        defaults: NO_WINDOW,
         names: &[EXPERTS],
         keys: MIXTURE,
         only: &[SILU, ALL_LAYERS[0], ALL_LAYERS[1]],
         interleaved: false,
         ..LLAMA
     },
-    Family { model_type: "qwen3", architecture: "qwen3", interleaved: false, ..LLAMA },
+    Family { model_type: "qwen3", architecture: "qwen3", defaults: NO_WINDOW, interleaved: false, ..LLAMA },
     Family {
         model_type: "qwen3_5_moe_text",
         architecture: "qwen35moe",
+        defaults: &[QUARTER_ROTATES],
         // All layers have experts.
         without: &["attention.head_count_kv", "feed_forward_length"],
         names: &[QWEN_3_5, EXPERTS],
@@ -960,6 +1055,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "qwen3_5_text",
         architecture: "qwen35",
+        defaults: &[QUARTER_ROTATES],
         without: &["attention.head_count_kv"],
         names: &[QWEN_3_5],
         keys: DELTA_NET,
@@ -971,6 +1067,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "qwen3_moe",
         architecture: "qwen3moe",
+        defaults: NO_WINDOW,
         names: &[EXPERTS],
         keys: &[
             ("expert_feed_forward_length", &["moe_intermediate_size"], Kind::U32),
@@ -995,6 +1092,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "qwen3_next",
         architecture: "qwen3next",
+        defaults: &[QUARTER_ROTATES],
         names: &[QWEN_3_NEXT, QWEN_3_5, EXPERTS],
         unused: &["mtp.*"],
         keys: DELTA_NET,
@@ -1009,6 +1107,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "smollm3",
         architecture: "smollm3",
+        defaults: &[NO_WINDOW[0], TIED],
         only: &[
             ("hidden_act", Only::Text("silu")),
             ("no_rope_layer_interval", Only::Number(NOPE_PERIOD as f64)),
@@ -1018,6 +1117,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "stablelm",
         architecture: "stablelm",
+        defaults: &[QUARTER_ROTATES, ("use_parallel_residual", "false")],
         keys: &[("use_parallel_residual", &["use_parallel_residual"], Kind::Bool)],
         only: &[SILU, ("qk_layernorm", Only::Bool(false))],
         interleaved: false,
@@ -1027,6 +1127,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_type: "starcoder2",
         architecture: "starcoder2",
+        defaults: &[TIED],
         names: &[&[("layers.{}.mlp.c_fc", "blk.{}.ffn_up"), ("layers.{}.mlp.c_proj", "blk.{}.ffn_down")]],
         only: &[("hidden_act", Only::Text("gelu_pytorch_tanh"))],
         interleaved: false,

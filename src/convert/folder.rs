@@ -91,11 +91,11 @@ impl Json {
         Json { path: folder.join(name), value }
     }
 
-    /// The same with values of keys that it lacks, as JSON has them.
+    /// The same with values of keys that it lacks, as JSON has them. A null is a value: no window, say.
     pub(super) fn with(&self, defaults: &[(&str, &str)]) -> Json {
         let mut value = self.value.clone();
         for (key, text) in defaults {
-            let lacks = value.get(key).is_none_or(Value::is_null);
+            let lacks = value.get(key).is_none();
             if let (true, Some(object), Ok(default)) =
                 (lacks, value.as_object_mut(), serde_json::from_str(text))
             {

@@ -267,7 +267,10 @@ impl Plan {
         let mut required = self.required.iter();
         let is_there =
             |name: &str| has(name) || self.prefixes.iter().any(|prefix| has(&format!("{prefix}{name}")));
-        if let Some(name) = required.find(|name| !is_there(name)) {
+        // Older folders name biases of norms otherwise.
+        let older =
+            |name: &str| name.strip_suffix(".bias").is_some_and(|stem| is_there(&format!("{stem}.beta")));
+        if let Some(name) = required.find(|name| !is_there(name) && !older(name)) {
             return Err(Error::Model(format!("tensor `{name}` is missing")));
         }
         // Experts of one tensor are consecutive, in order of their numbers.

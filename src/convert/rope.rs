@@ -30,11 +30,17 @@ impl Rope<'_> {
     pub(super) fn write(&self, w: &mut Writer) -> Result<Vectors> {
         let Rope { config, architecture, .. } = self;
         let entry = |name: &str| format!("{architecture}.rope.{name}");
-        let given = config.object("rope_parameters")?;
-        let (full, windowed) = match &given {
-            Some(given) => (given.object("full_attention")?, given.object("sliding_attention")?),
-            None => (config.object("rope_scaling")?, None),
-        };
+        let (given, older) = (config.object("rope_parameters")?, config.object("rope_scaling")?);
+        // Families differ in which of them counts.
+        if let (Some(given), Some(older)) = (&given, &older)
+            && given.value != older.value
+        {
+            return Err(config.wrong("rope_scaling", "the same as rope_parameters", &older.value));
+        }
+        let given = given.or(older);
+        let of_layers = |kind: &str| given.as_ref().map(|given| given.object(kind)).transpose();
+        let (full, windowed) =
+            (of_layers("full_attention")?.flatten(), of_layers("sliding_attention")?.flatten());
         let parameters = full.as_ref().or(given.as_ref());
         let number = |name: &str| match parameters.map(|p| p.optional_f64(name)).transpose()?.flatten() {
             Some(value) => Ok(Some(value)),
@@ -68,9 +74,26 @@ impl Rope<'_> {
             Some(part) => Some(part),
             None => old(&["rotary_pct"])?,
         };
+        if let Some(part) = part.filter(|part| !(0.0..=1.0).contains(part)) {
+            return Err(config.wrong("partial_rotary_factor", "0 to 1", part));
+        }
+        if let Some(windowed) = &windowed {
+            // Files have a number of pairs for all layers; Gemma 4's layers with a window rotate all.
+            let all = if *architecture == "gemma4" { 1.0 } else { part.unwrap_or(1.0) };
+            let own = match windowed.optional_f64("partial_rotary_factor")? {
+                Some(own) => own,
+                None => config.optional_f64("partial_rotary_factor")?.unwrap_or(1.0),
+            };
+            if own != all {
+                return Err(windowed.wrong("partial_rotary_factor", &all.to_string(), own));
+            }
+        }
         let rotated = match (part, config.optional_u32("rotary_dim")?) {
-            (None, Some(rotated)) => rotated.min(self.head_dim).into(),
-            (part, _) => part.unwrap_or(1.0).min(1.0) * f64::from(self.head_dim),
+            (None, Some(rotated)) if rotated > self.head_dim => {
+                return Err(config.wrong("rotary_dim", &format!("at most {}", self.head_dim), rotated));
+            }
+            (None, Some(rotated)) => rotated.into(),
+            (part, _) => part.unwrap_or(1.0) * f64::from(self.head_dim),
         };
         let is_proportional = match parameters {
             Some(parameters) => kind(parameters)? == "proportional",

@@ -45,27 +45,38 @@ impl Sentence<'_> {
         self.max_tokens(folder, w)?;
         let mut found = Found::default();
         let modules = Json::open_if_there(folder, MODULES)?;
-        let mut known = vec!["Transformer", "Pooling", "Normalize"];
-        known.extend((!self.dense.is_empty()).then_some("Dense"));
+        let mut known = vec!["Transformer", "Pooling", "Dense", "Normalize"];
+        known.retain(|kind| *kind != "Dense" || !self.dense.is_empty());
         let (mut normalizes, mut pooling) = (modules.value.is_null(), None);
-        for module in modules.value.as_array().into_iter().flatten() {
+        let list = modules.value.as_array().map_or(&[][..], |list| &list[..]);
+        let order = format!("{} in this order", known.join(", "));
+        // What a text becomes a vector by.
+        if list.len() < 2 && !normalizes {
+            return Err(modules.wrong("type", &order, format!("{} modules", list.len())));
+        }
+        let mut last = 0;
+        for (at, module) in list.iter().enumerate() {
             let kind = module.get("type").and_then(Value::as_str).unwrap_or_default();
             let kind = kind.rsplit('.').next().unwrap_or_default();
-            if !known.contains(&kind) {
+            let Some(place) = known.iter().position(|known| *known == kind) else {
                 return Err(modules.wrong("type", &format!("one of {}", known.join(", ")), kind));
+            };
+            let fits = if at < 2 { place == at } else { place > last || kind == "Dense" && place == last };
+            if !fits {
+                return Err(modules.wrong("type", &order, format!("{kind} at {at}")));
             }
+            last = place;
             let path = module.get("path").and_then(Value::as_str);
             let path = path.unwrap_or(if kind == "Pooling" { POOLING } else { "" });
             match kind {
                 "Normalize" => normalizes = true,
+                "Transformer" if !path.is_empty() => {
+                    return Err(modules.wrong("path", "none for the Transformer", path));
+                }
                 "Pooling" | "Dense" if !is_plain(path) => {
                     return Err(modules.wrong("path", "a folder of the folder", path));
                 }
                 "Pooling" => pooling = Some(path.to_owned()),
-                // Vectors are divided by their length at the end.
-                "Dense" if normalizes => {
-                    return Err(modules.wrong("type", "Normalize as the last one", kind));
-                }
                 "Dense" if found.beside.len() == self.dense.len() => {
                     let expected = format!("at most {} of the kind Dense", self.dense.len());
                     return Err(modules.wrong("type", &expected, found.beside.len() + 1));
@@ -114,11 +125,17 @@ impl Sentence<'_> {
         Ok(())
     }
 
-    /// A matrix after the pooling. It may come before, too, as long as it adds nothing.
+    /// A matrix after the pooling, without what a module has unless it says otherwise: a bias and an activation.
     fn dense(&self, folder: &Path, path: &str, found: &mut Found, w: &mut Writer) -> Result<()> {
         let config = Json::open(folder, &format!("{path}/config.json"))?;
-        only(&config, "bias", &false.into())?;
-        only(&config, "activation_function", &"torch.nn.modules.linear.Identity".into())?;
+        for (key, value) in
+            [("bias", false.into()), ("activation_function", "torch.nn.modules.linear.Identity".into())]
+        {
+            only(&config, key, &value)?;
+            if config.get(key).is_none() {
+                return Err(config.missing(key, &value.to_string()));
+            }
+        }
         let Some(name) = self.dense.get(found.beside.len()) else { return Ok(()) };
         for (key, from) in [("feat_in", "in_features"), ("feat_out", "out_features")] {
             w.entry(&format!("{}.{name}_{key}", self.architecture), config.u32(from)?)?;

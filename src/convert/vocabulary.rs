@@ -58,6 +58,10 @@ pub(super) fn write(folder: &Path, config: &Json, task: Task, w: &mut Writer) ->
     let model = json.object("model")?.ok_or_else(|| json.missing("model", "an object"))?;
     let kind = model.str("type")?;
     let is_unigram = kind == "Unigram";
+    // It leaves out merges at random.
+    if let Some(dropout) = model.get("dropout").filter(|dropout| dropout.as_f64() != Some(0.0)) {
+        return Err(model.wrong("dropout", "none", dropout));
+    }
     if kind != "BPE" && !is_unigram {
         return Err(model.wrong("type", "BPE or Unigram", kind));
     }
@@ -710,18 +714,25 @@ fn template(json: &Json) -> Result<Template<'_>> {
     Ok(found)
 }
 
+/// Whether the post-processor has one token before a text, and another behind each text, alone or in pairs.
+pub(super) fn is_of_bert(json: &Json, first: &str, last: &str) -> Result<bool> {
+    let found = template(json)?;
+    let ends = (found.first, found.last) == (Some(first), Some(last));
+    Ok(ends && matches!(found.separator, Separator::None))
+}
+
 /// The pieces of a template, if it has at most a token at each end of a text.
 fn pieces_of(step: &Value) -> Option<Template<'_>> {
     let list = |key: &str| step.get(key).and_then(Value::as_array).map_or(&[][..], |pieces| &pieces[..]);
     fn token(piece: &Value) -> Option<&str> {
         piece.pointer("/SpecialToken/id").and_then(Value::as_str)
     }
-    let is_text = |piece: &Value| piece.get("Sequence").is_some();
+    let is = |piece: &Value, id: &str| piece.pointer("/Sequence/id").is_some_and(|it| it == id);
     let (first, last) = match list("single") {
-        [text] if is_text(text) => (None, None),
-        [first, text] if is_text(text) => (token(first), None),
-        [text, last] if is_text(text) => (None, token(last)),
-        [first, text, last] if is_text(text) => (token(first), token(last)),
+        [text] if is(text, "A") => (None, None),
+        [first, text] if is(text, "A") => (token(first), None),
+        [text, last] if is(text, "A") => (None, token(last)),
+        [first, text, last] if is(text, "A") => (token(first), token(last)),
         _ => return None,
     };
     // A pair begins like a single text.
@@ -730,8 +741,8 @@ fn pieces_of(step: &Value) -> Option<Template<'_>> {
             if token(begin) == first
                 && token(end) == last
                 && token(stop) == last
-                && is_text(a)
-                && is_text(b) =>
+                && is(a, "A")
+                && is(b, "B") =>
         {
             Some(rest)
         }

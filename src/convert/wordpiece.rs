@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::folder::{Json, has, read_text};
 use super::options::only;
-use super::vocabulary::{CONTROL, NORMAL, USER_DEFINED};
+use super::vocabulary::{CONTROL, NORMAL, USER_DEFINED, is_of_bert};
 use crate::error::{Error, Result};
 use crate::gguf::write::Writer;
 use crate::tokenizer::{MAX_TOKENS, MAX_WORD_CHARS};
@@ -28,6 +28,9 @@ const SPECIAL: &[(&str, &str, &str)] = &[
 pub(super) fn write(folder: &Path, w: &mut Writer) -> Result<()> {
     let fast = Json::open_if_there(folder, "tokenizer.json")?;
     let model = fast.object("model")?;
+    if model.is_none() && !fast.value.is_null() {
+        return Err(fast.missing("model", "an object"));
+    }
     let path = folder.join(if has(folder, "vocab.txt") { "vocab.txt" } else { "tokenizer.json" });
     let text;
     let texts: Vec<&str> = match &model {
@@ -63,6 +66,22 @@ pub(super) fn write(folder: &Path, w: &mut Writer) -> Result<()> {
             Error::Tokenizer(format!("{}: special token `{token}` is not among the tokens", path.display()))
         })?;
         special.push((*key, id));
+        if let ("unknown", Some(model)) = (*key, &model)
+            && model.get("unk_token").is_none_or(|unknown| unknown != token)
+        {
+            return Err(model.missing("unk_token", token));
+        }
+    }
+    if model.is_some() {
+        let text = |key: &str| {
+            let id = special.iter().find(|(special, _)| *special == key).map(|(_, id)| *id);
+            id.and_then(|id| texts.get(id).copied()).unwrap_or_default()
+        };
+        let (first, last) = (text("cls"), text("seperator"));
+        if !is_of_bert(&fast, first, last)? {
+            let expected = format!("{first} A {last}, and {first} A {last} B {last} for pairs");
+            return Err(fast.missing("post_processor", &expected));
+        }
     }
     let added = added(&fast, &texts)?;
     let kind = |id: usize| match added.get(&id) {
@@ -138,19 +157,18 @@ fn check(fast: &Json, model: &Json, config: &Json, texts: &[&str]) -> Result<()>
     }
     let lowercase = lowercases(config)?;
     let accents = config.bool("strip_accents")?.unwrap_or(lowercase);
-    if let Some(normalizer) = fast.object("normalizer")? {
-        only(&normalizer, "type", &"BertNormalizer".into())?;
-        for (key, value) in [
-            ("clean_text", true),
-            ("handle_chinese_chars", true),
-            ("lowercase", lowercase),
-            ("strip_accents", accents),
-        ] {
-            only(&normalizer, key, &value.into())?;
-        }
+    let step = |key: &str, kind: &str| {
+        let step = fast.object(key)?.filter(|step| step.get("type").is_some_and(|it| it == kind));
+        step.ok_or_else(|| fast.missing(key, kind))
+    };
+    let normalizer = step("normalizer", "BertNormalizer")?;
+    for (key, value) in [
+        ("clean_text", true),
+        ("handle_chinese_chars", true),
+        ("lowercase", lowercase),
+        ("strip_accents", accents),
+    ] {
+        only(&normalizer, key, &value.into())?;
     }
-    if let Some(pre) = fast.object("pre_tokenizer")? {
-        only(&pre, "type", &"BertPreTokenizer".into())?;
-    }
-    Ok(())
+    step("pre_tokenizer", "BertPreTokenizer").map(|_| ())
 }
