@@ -126,7 +126,10 @@ impl Embedder {
         let h = model.hparams();
         let (program, limits, pages) = planned(model, options.batch)?;
         let Some(hidden) = program.outputs.hidden else {
-            return Err(Error::Model(format!("family {} is not an encoder", h.architecture)));
+            return Err(Error::Model(format!(
+                "family {0} gives logits: expected an encoder, or a file whose key `{0}.pooling_type` makes vectors of them",
+                h.architecture
+            )));
         };
         let pooling = options.pooling.or(h.pooling_type).ok_or_else(|| {
             Error::Model(format!("key `{}.pooling_type` is missing: choose a pooling", h.architecture))
@@ -181,6 +184,11 @@ impl Embedder {
         self.max_text_tokens
     }
 
+    /// Whether texts that are too long are cut.
+    pub(crate) fn truncates(&self) -> bool {
+        self.options.truncate
+    }
+
     /// Returns a handle that stops the work from another thread.
     pub fn cancel_handle(&self) -> Cancel {
         self.cancel.clone()
@@ -215,7 +223,12 @@ impl Embedder {
                 return Err(Error::argument("text", "at least one token", format!("none in text {i}")));
             };
             if text.len() > max_text_tokens && !self.options.truncate {
-                let expected = format!("at most {max_text_tokens} tokens (or enable truncate)");
+                let limit = if self.max_text_tokens == self.options.batch {
+                    "the batch"
+                } else {
+                    "the model's limit"
+                };
+                let expected = format!("at most {max_text_tokens} tokens, {limit} (or enable truncate)");
                 return Err(Error::argument("text", expected, format!("{} in text {i}", text.len())));
             }
             if text.len() > max_text_tokens {

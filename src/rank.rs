@@ -57,7 +57,7 @@ pub fn best(scores: &[f32]) -> Vec<usize> {
 
 impl Embedder {
     /// Returns the score of each document for a query, in order: higher is better. Scores are those of the model: with one label
-    /// any number, with several the probability of the first.
+    /// any number, with several the probability of the first. Truncation, if enabled, shortens documents.
     ///
     /// # Errors
     /// [`Error::Model`] for a model without a classification head; otherwise as [`Embedder::embed_tokens`].
@@ -70,12 +70,12 @@ impl Embedder {
         if self.pooling() != Pooling::Rank {
             let architecture = &self.model().hparams().architecture;
             return Err(Error::Model(format!(
-                "no reranker: expected key `{architecture}.pooling_type` to be 4 (rank), and a classification head"
+                "no reranker: expected key `{architecture}.pooling_type` to be 4 (rank), and a classification head, got the pooling {:?}",
+                self.pooling()
             )));
         }
         let model = self.model().clone();
-        let pairs =
-            documents.iter().map(|document| tokens(model.gguf(), tokenizer, query, document.as_ref()));
+        let pairs = documents.iter().map(|document| self.fitting(tokenizer, query, document.as_ref()));
         let texts = pairs.collect::<Result<Vec<_>>>()?;
         // Otherwise all tokens would have the type of the query's.
         let types = model.hparams().token_type_count.filter(|&types| types > 1);
@@ -88,5 +88,32 @@ impl Embedder {
             )));
         }
         Ok(self.embed_tokens(&texts)?.iter().map(|labels| score(labels)).collect())
+    }
+
+    /// The tokens of a pair: with as much of the document as fits, where it must be shortened.
+    fn fitting(&self, tokenizer: &Tokenizer, query: &str, document: &str) -> Result<Vec<u32>> {
+        let pair = |document| tokens(self.model().gguf(), tokenizer, query, document);
+        let most = self.max_text_tokens() as usize;
+        let whole = pair(document)?;
+        if whole.len() <= most || !self.truncates() {
+            return Ok(whole);
+        }
+        let mut fits = pair("")?;
+        if fits.len() > most {
+            let expected = format!("at most {most} tokens with what stands around it");
+            return Err(Error::argument("query", expected, fits.len()));
+        }
+        // Half of what is left at a time: so many characters fit, so many do not.
+        let ends: Vec<usize> = document.char_indices().map(|(at, _)| at).chain([document.len()]).collect();
+        let (mut short, mut long) = (0, ends.len() - 1);
+        while long - short > 1 {
+            let middle = short + (long - short) / 2;
+            let tokens = pair(&document[..ends[middle]])?;
+            match tokens.len() <= most {
+                true => (short, fits) = (middle, tokens),
+                false => long = middle,
+            }
+        }
+        Ok(fits)
     }
 }

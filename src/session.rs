@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 pub use crate::loaded::Footprint;
 use crate::loaded::{Ceiling, Loaded};
 use crate::memory::{grow, reserved, zeroed};
-use crate::model::{Model, ProgramOptions, TOP_K};
+use crate::model::{Model, Pooling, ProgramOptions, TOP_K};
 use crate::passes;
 use crate::program::{Dim, NOT_FINITE, Outputs, PAGE_POSITIONS, Program, Slot, State, TensorId};
 use crate::sampler::check_logits;
@@ -386,8 +386,12 @@ impl Session {
         let program = model.program(options.program, positions)?;
         if program.outputs.logits.is_none() {
             let architecture = &model.hparams().architecture;
+            let (what, command) = match model.hparams().pooling_type {
+                Some(Pooling::Rank) => ("scores of documents", "rerank"),
+                _ => ("embeddings", "embed"),
+            };
             return Err(Error::Model(format!(
-                "family {architecture} computes embeddings, not logits: use `Embedder` or `halite embed`"
+                "this {architecture} computes {what}, not logits: use `Embedder` or `halite {command}`"
             )));
         }
         let names: Vec<&str> = options.taps.iter().map(String::as_str).collect();

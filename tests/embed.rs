@@ -141,7 +141,7 @@ fn encoders_and_decoders_are_not_confused() {
     let austen = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/austen/halite-austen.gguf");
     let austen = Arc::new(Model::open(austen).unwrap());
     let error = Embedder::new(&austen, &cpu(), &EmbedOptions::default());
-    assert!(error.unwrap_err().to_string().contains("not an encoder"));
+    assert!(error.unwrap_err().to_string().contains("`llama.pooling_type`"));
 }
 
 #[test]

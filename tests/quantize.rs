@@ -171,6 +171,10 @@ fn what_cannot_be_quantised_is_named() {
         fails(&from, options("q4_0").tensors(tensors("attn_x", Format::F16))),
         "pattern of tensors: expected one that matches a matrix, got `attn_x`"
     );
+    assert_eq!(
+        fails(&from, options("q4_0").imatrix(Imatrix::default()).imatrix_file("other.imatrix".into())),
+        "importance: expected that of some of the model's matrices, got none in `other.imatrix`"
+    );
     let error = fails(&from, options("q4_0").tensors(tensors("(", Format::F16)));
     assert!(error.starts_with("pattern of tensors: expected a regular expression, got `(`"), "{error}");
     assert_eq!(

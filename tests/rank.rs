@@ -117,3 +117,25 @@ fn what_is_no_reranker_is_named() {
     let told = embedder.rank(&bert::tokenizer(&plain), "a", &["b"]).unwrap_err().to_string();
     assert!(told.contains("no reranker") && told.contains("bert.pooling_type"), "{told}");
 }
+
+/// The document is what gives way: what stands around it stays.
+#[test]
+fn long_documents_are_shortened() {
+    for name in ["encoder", "decoder"] {
+        let (model, tokenizer) = open(name);
+        let mut plain = Embedder::new(&model, &cpu(), &EmbedOptions::default()).unwrap();
+        let mut truncates = Embedder::new(&model, &cpu(), &EmbedOptions::default().truncate(true)).unwrap();
+        let long = "the License, ".repeat(100);
+        let most = plain.max_text_tokens() as usize;
+        let fits = |&end: &usize| {
+            rank::tokens(model.gguf(), &tokenizer, "Who?", &long[..end]).unwrap().len() <= most
+        };
+        let end = (0..long.len()).rev().find(fits).unwrap();
+        let want = plain.rank(&tokenizer, "Who?", &[&long[..end], "a"]).unwrap();
+        assert_eq!(truncates.rank(&tokenizer, "Who?", &[&long[..], "a"]).unwrap(), want, "{name}");
+        let told = plain.rank(&tokenizer, "Who?", &[&long]).unwrap_err().to_string();
+        assert!(told.contains("the model's limit"), "{told}");
+        let told = truncates.rank(&tokenizer, &long, &["a"]).unwrap_err().to_string();
+        assert!(told.starts_with("query: expected at most"), "{told}");
+    }
+}

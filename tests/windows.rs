@@ -7,7 +7,7 @@ use halite::backend::reference::Reference;
 use halite::backend::{Backend, Bindings, Cancel, Limits, NO_PAGE, Span, Step, Usage};
 use halite::kernels::formats::Format;
 use halite::map::Source;
-use halite::program::{Builder, Dim, State};
+use halite::program::{Builder, Dim, Index, State, WeightInfo};
 use halite::session::{OutputKind, OutputTokens, Run, SequenceId, Session, SessionOptions, footprint};
 use halite::{Error, Model};
 
@@ -251,6 +251,40 @@ fn holes_are_refused() {
         // Pages that no buffer has.
         assert!(refused(run(133, [[0, 1, 1000], [NO_PAGE, 1, 2]])));
         assert!(refused(run(133, [[0, 1, 2], [NO_PAGE, 1000, 2]])));
+    }
+}
+
+#[test]
+fn parts_are_counted_from_the_start_of_a_text() {
+    let table = |_: &str| Some(WeightInfo::new(vec![4, 3], Format::F32));
+    let mut b = Builder::new("parts", &table);
+    let table = b.weight("table", 3, 4);
+    let y = b.embed(table, Index::Part { separator: 1 }, 1.0);
+    b.output(y);
+    let program = Arc::new(b.finish().unwrap());
+    for backend in [cpu(), Arc::new(Reference::new())] {
+        let mut plan = backend.prepare(&program, Limits { tokens: 9, outputs: 1 }).unwrap();
+        let rows: Vec<u8> = (0..12).flat_map(|i| ((i / 4) as f32).to_le_bytes()).collect();
+        let weights = [backend.alloc(48, Usage::Weight).unwrap()];
+        backend.fill(&weights[0], 0..48, &mut |bytes| bytes.copy_from_slice(&rows)).unwrap();
+        let io = [backend.alloc(9 * 16, Usage::Io).unwrap()];
+        let bindings = Bindings { weights: &weights, states: &[], io: &io };
+        let cancel = Cancel::default();
+        let mut run = |starts: [u32; 2]| {
+            let spans = [(starts[0], 6), (starts[1], 3)].map(|(start, len)| Span { tables: &[], start, len });
+            let step =
+                Step { spans: &spans, tokens: &[2, 1, 0, 1, 1, 0, 1, 0, 0], outputs: &[], cancel: &cancel };
+            plan.submit(&step, 0..1, &bindings).map(|_| ())
+        };
+        run([0, 0]).unwrap();
+        let mut out = [0; 9 * 16];
+        backend.read(&io[0], 0, &mut out).unwrap();
+        let got: Vec<f32> =
+            out.chunks_exact(16).map(|row| f32::from_le_bytes(row[..4].try_into().unwrap())).collect();
+        assert_eq!(got, [0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 0.0, 1.0, 1.0]);
+        for starts in [[1, 0], [0, 6], [0, 1]] {
+            assert!(matches!(run(starts), Err(Error::Argument { .. })), "{starts:?}");
+        }
     }
 }
 

@@ -93,7 +93,7 @@ pub fn bisect(args: &BisectArgs) -> Result<(), Failure> {
     let model = args.model.open()?;
     let tokens = match &args.tokens {
         Some(ids) => super::tools::parse_ids(ids)?,
-        None => tokenizer(&model)?.encode(&args.prompt, EncodeOptions::default()),
+        None => tokenizer(model.gguf())?.encode(&args.prompt, EncodeOptions::default()),
     };
     let first = args.model.device.open()?;
     let second = DeviceArgs::named(&args.against).open()?;

@@ -42,7 +42,7 @@ pub struct ChatArgs {
 /// continues the chat.
 pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
     let model = args.model.open()?;
-    let tokenizer = tokenizer(&model)?;
+    let tokenizer = tokenizer(model.gguf())?;
     let template = match &args.template {
         Some(file) => Template::new(&read_text(file)?, &tokenizer)?,
         None => Template::from_gguf(model.gguf(), &tokenizer)?.ok_or(

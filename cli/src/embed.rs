@@ -52,7 +52,7 @@ impl EncoderArgs {
     /// Loads it, with a bar.
     pub fn open(&self, options: EmbedOptions) -> Result<(Embedder, Tokenizer), Failure> {
         let model = open_adapted(Some(&self.model), &[], self.memory.maps())?;
-        let tokenizer = tokenizer(&model)?;
+        let tokenizer = tokenizer(model.gguf())?;
         let options = options.batch(self.batch).truncate(self.truncate).memory(self.memory.bytes());
         let total = model.gguf().tensors().map(|t| t.record.bytes.len() as u64).sum();
         let bar = progress(total, "loading");
@@ -87,6 +87,9 @@ pub fn embed(args: &EmbedArgs) -> Result<(), Failure> {
     }
     let options = EmbedOptions::default().pooling(pooling).normalize(!args.no_normalize);
     let (mut embedder, tokenizer) = args.encoder.open(options)?;
+    if embedder.pooling() == Pooling::Rank {
+        return Err("this model scores documents and gives no vectors: use `halite rerank`".into());
+    }
     let vectors = embedder.embed(&tokenizer, &texts)?;
     if args.compare {
         return print(&matrix(&texts, &vectors));

@@ -9,6 +9,7 @@ use halite::backend::cpu::Cpu;
 use halite::backend::reference::Reference;
 use halite::gguf::Gguf;
 use halite::kernels::formats::Layout;
+use halite::model::Pooling;
 use halite::session::{SessionOptions, footprint};
 use halite::{Model, Tokenizer};
 
@@ -52,6 +53,7 @@ type Use = (&'static str, &'static str);
 const CHATS: Use = ("chat", "chat");
 const TEXTS: Use = ("text completion", "run");
 const EMBEDDINGS: Use = ("embeddings", "embed");
+const SCORES: Use = ("scores of documents", "rerank");
 
 pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     let gguf = if args.memory.is_some() { Gguf::open_unmapped(&args.file)? } else { Gguf::open(&args.file)? };
@@ -109,7 +111,8 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
             warn(model.warnings());
             positions = options.positions(&model);
             if model.program(options.program, positions).is_ok_and(|p| p.outputs.logits.is_none()) {
-                made_for = EMBEDDINGS;
+                let ranks = model.hparams().pooling_type == Some(Pooling::Rank);
+                made_for = if ranks { SCORES } else { EMBEDDINGS };
             }
             for backend in backends()? {
                 let result = footprint(&model, &*backend, &options).map_err(|e| e.to_string());

@@ -295,17 +295,22 @@ fn open_model(path: Option<&Path>) -> Result<Arc<Model>, Failure> {
 
 /// As [`open_model`], with adapters, each `FILE` or `FILE:SCALE`.
 fn open_adapted(path: Option<&Path>, adapters: &[OsString], map: bool) -> Result<Arc<Model>, Failure> {
-    let open = |path: &Path| if map { Gguf::open(path) } else { Gguf::open_unmapped(path) };
-    let mut model = match path {
-        Some(path) => Model::from_gguf(open(path)?)?,
-        None => Model::from_source(Source::from_static("the built-in model", halite_models::AUSTEN))?,
-    };
+    let mut model = Model::from_gguf(gguf(path, map)?)?;
     for adapter in adapters {
         let (file, scale) = scaled(adapter);
-        model.apply_lora(open(file.as_ref())?, scale)?;
+        model.apply_lora(gguf(Some(file.as_ref()), map)?, scale)?;
     }
     warn(model.warnings());
     Ok(Arc::new(model))
+}
+
+/// Opens a file, or that of the built-in model.
+fn gguf(path: Option<&Path>, map: bool) -> halite::Result<Gguf> {
+    match path {
+        Some(path) if map => Gguf::open(path),
+        Some(path) => Gguf::open_unmapped(path),
+        None => Gguf::from_source(Source::from_static("the built-in model", halite_models::AUSTEN)),
+    }
 }
 
 /// Splits `FILE` or `FILE:SCALE` into an adapter's file and scale.
@@ -358,9 +363,8 @@ impl ModelArgs {
     }
 }
 
-fn tokenizer(model: &Model) -> Result<Tokenizer, Failure> {
-    let tokenizer =
-        Tokenizer::from_gguf(model.gguf())?.ok_or("this model file has no vocabulary: pass token ids")?;
+fn tokenizer(gguf: &Gguf) -> Result<Tokenizer, Failure> {
+    let tokenizer = Tokenizer::from_gguf(gguf)?.ok_or("this model file has no vocabulary: pass token ids")?;
     warn(tokenizer.warnings());
     Ok(tokenizer)
 }

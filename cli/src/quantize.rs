@@ -133,7 +133,7 @@ pub struct ImatrixArgs {
 
 pub fn imatrix(args: &ImatrixArgs) -> Result<(), Failure> {
     let model = open_model(Some(&args.model))?;
-    let tokenizer = tokenizer(&model)?;
+    let tokenizer = tokenizer(model.gguf())?;
     let mut tokens = tokenizer.encode(&read_text(&args.text)?, EncodeOptions::default());
     if args.limit > 0 {
         tokens.truncate(args.limit);

@@ -114,7 +114,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         output::check(file, Replace::SAVED_SEQUENCE, &inputs(args))?;
     }
     let model = args.model.open()?;
-    let tokenizer = tokenizer(&model)?;
+    let tokenizer = tokenizer(model.gguf())?;
     let drafts = if args.draft.is_some() { args.draft_tokens } else { args.lookup };
     let outputs = drafts.saturating_add(1);
     let session_options = args.model.options(args.batch, outputs);

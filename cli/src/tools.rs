@@ -12,7 +12,7 @@ use halite::tokenizer::EncodeOptions;
 use sha2::{Digest, Sha256};
 
 use super::device::{DeviceArgs, drivers};
-use super::{Failure, ModelArgs, bytes, interrupt, plain, print, progress, read_text, tokenizer};
+use super::{Failure, ModelArgs, bytes, gguf, interrupt, plain, print, progress, read_text, tokenizer};
 
 /// Column width of device names; longer names get a line of their own.
 const NAME_WIDTH: usize = 10;
@@ -46,8 +46,9 @@ pub fn devices() -> Result<(), Failure> {
 pub struct TokenizeArgs {
     /// Text, or token ids to decode (comma- or space-separated).
     text: String,
-    #[command(flatten)]
-    model: ModelArgs,
+    /// GGUF file, which needs a vocabulary alone [default: the built-in model].
+    #[arg(short, long, value_name = "FILE")]
+    model: Option<PathBuf>,
     /// Decode token ids to text.
     #[arg(long)]
     decode: bool,
@@ -60,7 +61,7 @@ pub struct TokenizeArgs {
 }
 
 pub fn tokenize(args: &TokenizeArgs) -> Result<(), Failure> {
-    let tokenizer = tokenizer(&*args.model.open()?)?;
+    let tokenizer = tokenizer(&gguf(args.model.as_deref(), true)?)?;
     if args.decode {
         let ids = parse_ids(&args.text)?;
         tokenizer.check(&ids)?;
@@ -92,6 +93,9 @@ pub struct LogitsArgs {
 
 pub fn logits(args: &LogitsArgs) -> Result<(), Failure> {
     let tokens = parse_ids(&args.tokens)?;
+    if tokens.is_empty() {
+        return Err("--tokens: expected at least one token id, got none".into());
+    }
     output::check(&args.out, Replace::Unmarked, &args.model.inputs())?;
     let model = args.model.open()?;
     let vocab = model.hparams().vocab_size;
@@ -142,7 +146,7 @@ pub struct PerplexityArgs {
 /// begin-of-text token if the vocabulary has one, and scores the second half of each window.
 pub fn perplexity(args: &PerplexityArgs) -> Result<(), Failure> {
     let model = args.model.open()?;
-    let tokenizer = tokenizer(&model)?;
+    let tokenizer = tokenizer(model.gguf())?;
     let text = read_text(&args.file)?;
     let mut tokens = tokenizer.encode(&text, EncodeOptions::default());
     if args.limit > 0 {

@@ -223,3 +223,20 @@ fn importance_of_another_length_is_an_error() {
     let got = Format::I64.quantize_weights(&[0.0], None, &mut [0; 8]);
     assert_eq!(got, Err(FormatError::NoQuantiser(Format::I64)));
 }
+
+/// Where sums overflow, no point of a grid is nearer than another one.
+#[test]
+fn what_is_too_large_gives_no_number() {
+    for &format in Format::ALL {
+        if !["IQ1", "IQ2", "IQ3"].iter().any(|name| format.name().starts_with(name)) {
+            continue;
+        }
+        let values: Vec<f32> = (0..256).map(|i| (i as f32 * 0.7).sin()).collect();
+        let mut blocks = vec![0; format.block_bytes()];
+        for (scale, weight) in [(1e19, 1.0), (3e38, 1.0), (1.0, 1e38), (1e10, 1e30)] {
+            let values: Vec<f32> = values.iter().map(|value| value * scale).collect();
+            format.quantize_weights(&values, Some(&[weight; 256]), &mut blocks).unwrap();
+            assert!(!format.is_finite(&blocks), "{format:?} {scale} {weight}");
+        }
+    }
+}

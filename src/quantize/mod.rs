@@ -158,10 +158,8 @@ pub fn quantize(
 
     let means = options.imatrix.as_ref().map(Imatrix::means).unwrap_or_default();
     if options.imatrix.is_some() && !means.keys().any(|name| gguf.tensor(name).is_some()) {
-        let file = &options.imatrix_file;
-        return Err(Error::Model(format!(
-            "{file}: expected the importance of this model's matrices, got those of others"
-        )));
+        let got = format!("none in `{}`", options.imatrix_file);
+        return Err(Error::argument("importance", "that of some of the model's matrices", got));
     }
     let threads = if options.threads > 0 { options.threads.min(MOST_THREADS) } else { cores::usable() };
     let (mut all, mut failure) = (Vec::new(), None);
