@@ -309,6 +309,40 @@ fn codes_are_carried_over() {
     assert_eq!(format("blk.1.attn_q.weight"), Format::BF16);
 }
 
+/// Newer versions of the library write what Gemma 4's layers without a window have for each of them.
+#[test]
+fn options_of_single_layers_are_known() {
+    let copy = Copy::of("gemma4");
+    let bytes = |copy: &Copy| {
+        copy.set(CONFIG, "/_name_or_path", json!("gemma4"));
+        let mut bytes = Vec::new();
+        convert(&copy.0, Format::F32, &mut bytes, &mut |_| {}).map(|_| bytes).map_err(|e| e.to_string())
+    };
+    let older = bytes(&copy);
+    assert!(older.is_ok());
+    let own = json!({"head_dim": 16});
+    copy.remove(CONFIG, "/global_head_dim");
+    copy.set(CONFIG, "/per_layer_config", json!({"1": own, "3": own}));
+    assert!(bytes(&copy) == older);
+    let both = json!({"head_dim": 16, "num_key_value_heads": 2});
+    copy.set(CONFIG, "/per_layer_config", json!({"1": both, "3": both}));
+    assert!(bytes(&copy) == older);
+    for other in [
+        json!({"1": own}),
+        json!({"1": own, "3": both}),
+        json!({"0": own, "1": own, "3": own}),
+        json!({"1": {}, "3": {}}),
+        json!({"1": {"head_dim": 16, "rank": 1}, "3": {"head_dim": 16, "rank": 1}}),
+        json!([own, own]),
+    ] {
+        copy.set(CONFIG, "/per_layer_config", other);
+        copy.is_refused("single layers", "for each layer of full_attention");
+    }
+    copy.set(CONFIG, "/per_layer_config", json!({"1": own, "3": own}));
+    copy.set(CONFIG, "/global_head_dim", json!(8));
+    copy.is_refused("both", "the same as per_layer_config");
+}
+
 #[test]
 fn chat_templates_are_found() {
     for name in ["llama", "qwen2"] {
