@@ -309,6 +309,59 @@ fn codes_are_carried_over() {
     assert_eq!(format("blk.1.attn_q.weight"), Format::BF16);
 }
 
+/// gpt-oss's experts as numbers, which the library has transposed: the same as those of the folder with MXFP4.
+#[test]
+fn experts_by_columns_are_transposed() {
+    use safetensors::tensor::{Dtype, TensorView};
+    const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+    const WEIGHTS: &str = "model.safetensors";
+    let copy = Copy::of("gpt_oss");
+    let bytes = std::fs::read(copy.0.join(WEIGHTS)).unwrap();
+    let all = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut plain = Vec::new();
+    for (name, view) in all.tensors() {
+        let Some(stem) = name.strip_suffix("_blocks") else {
+            if !name.ends_with("_scales") {
+                plain.push((name, view.dtype(), view.shape().to_vec(), view.data().to_vec()));
+            }
+            continue;
+        };
+        let scales = all.tensor(&format!("{stem}_scales")).unwrap();
+        let &[experts, rows, blocks, 16] = view.shape() else { panic!("{name}: {:?}", view.shape()) };
+        let columns = 32 * blocks;
+        let mut numbers = vec![0; 4 * experts * rows * columns];
+        for (at, byte) in view.data().iter().enumerate() {
+            let scale = f32::from(scales.data()[at / 16]) - 127.0;
+            for (half, code) in [byte & 15, byte >> 4].into_iter().enumerate() {
+                let sign = if code > 7 { -1.0 } else { 1.0 };
+                let number = sign * E2M1[usize::from(code & 7)] * scale.exp2();
+                let (row, column) = ((2 * at + half) / columns, (2 * at + half) % columns);
+                let to = 4 * ((row / rows * columns + column) * rows + row % rows);
+                numbers[to..to + 4].copy_from_slice(&number.to_le_bytes());
+            }
+        }
+        plain.push((stem.to_owned(), Dtype::F32, vec![experts, columns, rows], numbers));
+    }
+    let views = plain.iter().map(|(name, dtype, shape, data)| {
+        (name.clone(), TensorView::new(*dtype, shape.clone(), data).unwrap())
+    });
+    std::fs::write(copy.0.join(WEIGHTS), safetensors::serialize(views, None).unwrap()).unwrap();
+    copy.remove(CONFIG, "/quantization_config");
+    let [coded, plain] = [&folder("gpt_oss"), &copy.0].map(|from| converted(from, Format::F32).unwrap());
+    for name in ["gate", "up", "down"].map(|name| format!("blk.1.ffn_{name}_exps.weight")) {
+        let numbers = |model: &Model| {
+            let tensor = model.gguf().tensor(&name).unwrap();
+            let mut numbers = vec![0.0; tensor.record.dims.iter().product::<u64>() as usize];
+            tensor.record.format.dequantize(&tensor.rows().unwrap(), &mut numbers).unwrap();
+            (tensor.record.dims.clone(), numbers)
+        };
+        assert!(numbers(&coded) == numbers(&plain), "{name}");
+    }
+    let reference: Arc<dyn Backend> = Arc::new(Reference::new());
+    let error = error(&folder("gpt_oss"), &plain, &reference);
+    assert!(error < 1e-11, "{error}");
+}
+
 /// Newer versions of the library write what Gemma 4's layers without a window have for each of them.
 #[test]
 fn options_of_single_layers_are_known() {

@@ -372,6 +372,9 @@ impl Plan {
             if expert.is_some_and(|expert| expert != place) {
                 return Err(format!("expert {place} is missing"));
             }
+            // gpt-oss multiplies with matrices of experts from the right. Those of MXFP4 are as elsewhere.
+            let by_columns = takes_turns && !is_bias && part.shape().len() == 3;
+            let part = if by_columns { part.transposed() } else { part };
             let dims = part.shape().iter().rev().map(|&dim| dim as u64).chain(expert.map(|_| experts));
             let mut dims: Vec<u64> = dims.collect();
             // A convolution of each channel by itself.
