@@ -279,6 +279,25 @@ fn formats_are_of_matrices() {
     assert!(error.contains("multiple of 32"), "{error}");
 }
 
+#[test]
+fn formats_that_need_importance_are_refused() {
+    use Format as F;
+    let offered: Vec<Format> = halite::convert::formats().collect();
+    for format in [F::F32, F::F16, F::BF16, F::Q8_0, F::Q4_0, F::Q4_1] {
+        assert!(offered.contains(&format), "{}", format.name());
+    }
+    let of = |format| converted(&folder("llama"), format).unwrap_err().to_string();
+    for format in [F::IQ1_S, F::IQ1_M, F::IQ2_XXS, F::IQ2_XS, F::IQ2_S, F::IQ3_XXS] {
+        let error = of(format);
+        assert!(error.contains("convert to F16, and quantise that") && !offered.contains(&format), "{error}");
+    }
+    for format in [F::I8, F::I32] {
+        let error = of(format);
+        assert_eq!(error, format!("model: no quantiser for {}", format.name()));
+        assert!(!offered.contains(&format), "{error}");
+    }
+}
+
 /// Codes and scales are carried over where the format has the same: no number is rounded.
 #[test]
 fn codes_are_carried_over() {
