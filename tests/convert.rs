@@ -706,6 +706,13 @@ fn what_is_not_supported_is_named() {
             json!("."),
             "one that is known",
         ),
+        (
+            "qwen3",
+            CONFIG,
+            "/architectures/0",
+            json!("Qwen3ForSequenceClassification"),
+            "title of its README.md, got Qwen3ForSequenceClassification",
+        ),
         ("llama", VOCABULARY, "/normalizer", json!({"type": "Lowercase"}), "none or NFC"),
         ("llama", VOCABULARY, "/post_processor", json!({"type": "RobertaProcessing"}), "post_processor"),
         ("llama", VOCABULARY, "/added_tokens/0/content", json!("<x>"), "added_tokens"),

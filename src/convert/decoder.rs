@@ -360,8 +360,11 @@ impl Reranker {
                 Ok(Some(Reranker::Tokens(ids?.into_iter().map(|id| id as usize).collect())))
             }
             (false, true) => {
-                let got = "one that scores texts in a way of its own";
-                Err(config.wrong("architectures", "a model that generates, or Qwen3-Reranker", got))
+                let got =
+                    config.value.pointer("/architectures/0").and_then(Value::as_str).unwrap_or_default();
+                let expected = "a model that generates, or Qwen3-Reranker: a qwen3 with that name as part of its folder's name or of \
+                                `_name_or_path`, or as the title of its README.md";
+                Err(config.wrong("architectures", expected, got))
             }
             (false, false) => Ok(None),
         }
