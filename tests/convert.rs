@@ -514,7 +514,7 @@ const VOCABULARY: &str = "tokenizer.json";
 fn what_is_not_supported_is_named() {
     let mut wrong = Vec::new();
     for (family, file, pointer, value, says) in [
-        ("llama", CONFIG, "/model_type", json!("rwkv"), "one of bert, camembert, distilbert"),
+        ("llama", CONFIG, "/model_type", json!("rwkv"), "one of arcee, bert, camembert, cohere, cohere2,"),
         ("llama", CONFIG, "/hidden_act", json!("relu"), "expected silu, got"),
         ("llama", CONFIG, "/quantization_config", json!({}), "quantization_config"),
         ("llama", CONFIG, "/quantization_config", json!({"quant_method": "bitnet"}), "fp8, gptq, awq,"),
@@ -618,7 +618,7 @@ fn what_is_not_supported_is_named() {
             json!([4, 0, 0]),
             "leave out pair 1",
         ),
-        ("qwen3_5", CONFIG, "/text_config", Value::Null, "one of bert"),
+        ("qwen3_5", CONFIG, "/text_config", Value::Null, "the options of the language model"),
         ("gemma4", CONFIG, "/per_layer_config", json!({}), "per_layer_config"),
         ("gemma4", CONFIG, "/enable_moe_block", json!(true), "enable_moe_block"),
         ("gemma4", CONFIG, "/layer_types", json!(["full_attention"]), "for each layer"),
@@ -683,7 +683,7 @@ fn what_is_not_supported_is_named() {
             json!([3, 0, 0]),
             "leave out pair 1",
         ),
-        ("qwen3_vl", CONFIG, "/model_type", json!("qwen3_omni"), "one of bert"),
+        ("qwen3_vl", CONFIG, "/model_type", json!("qwen3_omni"), "gemma3, gemma3_text, gemma3n,"),
         ("stablelm", CONFIG, "/qk_layernorm", json!(true), "qk_layernorm"),
         ("olmoe", CONFIG, "/clip_qkv", json!(8.0), "clip_qkv"),
         ("phi", CONFIG, "/qk_layernorm", json!(true), "qk_layernorm"),

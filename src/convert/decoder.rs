@@ -61,6 +61,9 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let seeing =
         SEEING.iter().any(|model_type| outer.value.get("model_type").is_some_and(|t| t == model_type));
     let text = if seeing { outer.object("text_config")? } else { None };
+    if seeing && text.is_none() {
+        return Err(outer.missing("text_config", "the options of the language model"));
+    }
     let config = text.as_ref().unwrap_or(outer);
     let model_type = config.str("model_type")?;
     let both_ways = config.get("use_bidirectional_attention").is_some_and(|value| *value == true);
@@ -74,7 +77,9 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let family = families.clone().find(fits).or(families.next());
     let family = family.ok_or_else(|| {
         let decoders = FAMILIES.iter().map(|family| family.model_type);
-        let mut known: Vec<&str> = encoder::model_types().chain(decoders).collect();
+        let mut known: Vec<&str> =
+            encoder::model_types().chain(decoders).chain(SEEING.iter().copied()).collect();
+        known.sort_unstable();
         known.dedup();
         config.wrong("model_type", &format!("one of {}", known.join(", ")), model_type)
     })?;
