@@ -298,6 +298,23 @@ fn formats_that_need_importance_are_refused() {
     }
 }
 
+#[test]
+fn what_is_no_folder_of_a_model_is_named() {
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n";
+    for file in ["model.safetensors", VOCABULARY] {
+        let copy = Copy::of("qwen3");
+        std::fs::write(copy.0.join(file), pointer).unwrap();
+        copy.is_refused(file, &format!("{file}: expected the file itself, got a pointer of Git LFS"));
+    }
+    let copy = Copy::of("qwen3");
+    std::fs::rename(copy.0.join("model.safetensors"), copy.0.join("pytorch_model.bin")).unwrap();
+    copy.is_refused("other weights", "expected model.safetensors, got pytorch_model.bin alone");
+    std::fs::rename(copy.0.join(CONFIG), copy.0.join("adapter_config.json")).unwrap();
+    copy.is_refused("adapter", "expected a model with config.json, got an adapter (PEFT)");
+    let error = converted(&folder("qwen3").join(CONFIG), Format::F32).unwrap_err().to_string();
+    assert!(error.contains("config.json: expected a folder with"), "{error}");
+}
+
 /// Codes and scales are carried over where the format has the same: no number is rounded.
 #[test]
 fn codes_are_carried_over() {

@@ -236,6 +236,7 @@ pub fn convert(
     if !has_quantiser(format) {
         return Err(Error::Model(format!("no quantiser for {}", format.name())));
     }
+    folder::check(folder)?;
     let config = Json::open(folder, "config.json")?;
     let mut writer = Writer::new(ALIGNMENT)?;
     let model_type = config.str("model_type")?;
