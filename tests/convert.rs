@@ -1103,6 +1103,26 @@ fn what_bert_does_besides_is_named() {
     std::fs::write(copy.0.join("modules.json"), two.to_string()).unwrap();
     let (_, left_out) = convert_to_gguf(&copy.0);
     assert!(left_out.len() == 1 && left_out[0].contains("--no-normalize"), "{left_out:?}");
+    let copy = Copy::of("roberta");
+    let no_pooling = |copy: &Copy| convert_to_gguf(&copy.0).1.iter().any(|line| line.contains("no pooling"));
+    assert!(!no_pooling(&copy));
+    let _ = std::fs::remove_file(copy.0.join("modules.json"));
+    std::fs::remove_dir_all(copy.0.join("1_Pooling")).unwrap();
+    assert!(no_pooling(&copy));
+    // Of rerankers: what becomes of scores.
+    for (pointer, value) in [
+        ("/sbert_ce_default_activation_function", json!("torch.nn.modules.activation.Sigmoid")),
+        ("/sentence_transformers", json!({"activation_fn": "torch.nn.modules.activation.Sigmoid"})),
+    ] {
+        let copy = Copy::of("bert-rank");
+        let warns = |copy: &Copy| convert_to_gguf(&copy.0).1.iter().any(|line| line.contains("activation"));
+        assert!(!warns(&copy));
+        copy.set(CONFIG, pointer, value.clone());
+        assert!(warns(&copy), "{pointer}");
+        let identity = value.to_string().replace("activation.Sigmoid", "linear.Identity");
+        copy.set(CONFIG, pointer, serde_json::from_str(&identity).unwrap());
+        assert!(!warns(&copy), "{pointer}");
+    }
     // Of Nemotron-H: steps that have a least length, and layers in the older form.
     let copy = Copy::of("nemotron_h");
     copy.set(CONFIG, "/time_step_min", json!(0.001));

@@ -276,6 +276,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
             taken.push(("cls.output.weight", of, Rows::Of(ids.clone())));
         }
         Some(Reranker::Scores) => {
+            left_out.extend(encoder::activation(config));
             encoder::classification_head(config, architecture, w)?;
             names.insert(0, HEAD);
         }
