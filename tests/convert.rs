@@ -279,6 +279,42 @@ fn formats_are_of_matrices() {
     assert!(error.contains("multiple of 32"), "{error}");
 }
 
+#[test]
+fn formats_that_need_importance_are_refused() {
+    use Format as F;
+    let offered: Vec<Format> = halite::convert::formats().collect();
+    for format in [F::F32, F::F16, F::BF16, F::Q8_0, F::Q4_0, F::Q4_1] {
+        assert!(offered.contains(&format), "{}", format.name());
+    }
+    let of = |format| converted(&folder("llama"), format).unwrap_err().to_string();
+    for format in [F::IQ1_S, F::IQ1_M, F::IQ2_XXS, F::IQ2_XS, F::IQ2_S, F::IQ3_XXS] {
+        let error = of(format);
+        assert!(error.contains("convert to F16, and quantise that") && !offered.contains(&format), "{error}");
+    }
+    for format in [F::I8, F::I32] {
+        let error = of(format);
+        assert_eq!(error, format!("model: no quantiser for {}", format.name()));
+        assert!(!offered.contains(&format), "{error}");
+    }
+}
+
+#[test]
+fn what_is_no_folder_of_a_model_is_named() {
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n";
+    for file in ["model.safetensors", VOCABULARY] {
+        let copy = Copy::of("qwen3");
+        std::fs::write(copy.0.join(file), pointer).unwrap();
+        copy.is_refused(file, &format!("{file}: expected the file itself, got a pointer of Git LFS"));
+    }
+    let copy = Copy::of("qwen3");
+    std::fs::rename(copy.0.join("model.safetensors"), copy.0.join("pytorch_model.bin")).unwrap();
+    copy.is_refused("other weights", "expected model.safetensors, got pytorch_model.bin alone");
+    std::fs::rename(copy.0.join(CONFIG), copy.0.join("adapter_config.json")).unwrap();
+    copy.is_refused("adapter", "expected a model with config.json, got an adapter (PEFT)");
+    let error = converted(&folder("qwen3").join(CONFIG), Format::F32).unwrap_err().to_string();
+    assert!(error.contains("config.json: expected a folder with"), "{error}");
+}
+
 /// Codes and scales are carried over where the format has the same: no number is rounded.
 #[test]
 fn codes_are_carried_over() {
@@ -307,6 +343,93 @@ fn codes_are_carried_over() {
     let format = |name| model.gguf().tensor(name).unwrap().record.format;
     assert_eq!(format("blk.1.ffn_gate_exps.weight"), Format::MXFP4);
     assert_eq!(format("blk.1.attn_q.weight"), Format::BF16);
+}
+
+/// gpt-oss's experts as numbers, which the library has transposed: the same as those of the folder with MXFP4.
+#[test]
+fn experts_by_columns_are_transposed() {
+    use safetensors::tensor::{Dtype, TensorView};
+    const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+    const WEIGHTS: &str = "model.safetensors";
+    let copy = Copy::of("gpt_oss");
+    let bytes = std::fs::read(copy.0.join(WEIGHTS)).unwrap();
+    let all = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut plain = Vec::new();
+    for (name, view) in all.tensors() {
+        let Some(stem) = name.strip_suffix("_blocks") else {
+            if !name.ends_with("_scales") {
+                plain.push((name, view.dtype(), view.shape().to_vec(), view.data().to_vec()));
+            }
+            continue;
+        };
+        let scales = all.tensor(&format!("{stem}_scales")).unwrap();
+        let &[experts, rows, blocks, 16] = view.shape() else { panic!("{name}: {:?}", view.shape()) };
+        let columns = 32 * blocks;
+        let mut numbers = vec![0; 4 * experts * rows * columns];
+        for (at, byte) in view.data().iter().enumerate() {
+            let scale = f32::from(scales.data()[at / 16]) - 127.0;
+            for (half, code) in [byte & 15, byte >> 4].into_iter().enumerate() {
+                let sign = if code > 7 { -1.0 } else { 1.0 };
+                let number = sign * E2M1[usize::from(code & 7)] * scale.exp2();
+                let (row, column) = ((2 * at + half) / columns, (2 * at + half) % columns);
+                let to = 4 * ((row / rows * columns + column) * rows + row % rows);
+                numbers[to..to + 4].copy_from_slice(&number.to_le_bytes());
+            }
+        }
+        plain.push((stem.to_owned(), Dtype::F32, vec![experts, columns, rows], numbers));
+    }
+    let views = plain.iter().map(|(name, dtype, shape, data)| {
+        (name.clone(), TensorView::new(*dtype, shape.clone(), data).unwrap())
+    });
+    std::fs::write(copy.0.join(WEIGHTS), safetensors::serialize(views, None).unwrap()).unwrap();
+    copy.remove(CONFIG, "/quantization_config");
+    let [coded, plain] = [&folder("gpt_oss"), &copy.0].map(|from| converted(from, Format::F32).unwrap());
+    for name in ["gate", "up", "down"].map(|name| format!("blk.1.ffn_{name}_exps.weight")) {
+        let numbers = |model: &Model| {
+            let tensor = model.gguf().tensor(&name).unwrap();
+            let mut numbers = vec![0.0; tensor.record.dims.iter().product::<u64>() as usize];
+            tensor.record.format.dequantize(&tensor.rows().unwrap(), &mut numbers).unwrap();
+            (tensor.record.dims.clone(), numbers)
+        };
+        assert!(numbers(&coded) == numbers(&plain), "{name}");
+    }
+    let reference: Arc<dyn Backend> = Arc::new(Reference::new());
+    let error = error(&folder("gpt_oss"), &plain, &reference);
+    assert!(error < 1e-11, "{error}");
+}
+
+/// Newer versions of the library write what Gemma 4's layers without a window have for each of them.
+#[test]
+fn options_of_single_layers_are_known() {
+    let copy = Copy::of("gemma4");
+    let bytes = |copy: &Copy| {
+        copy.set(CONFIG, "/_name_or_path", json!("gemma4"));
+        let mut bytes = Vec::new();
+        convert(&copy.0, Format::F32, &mut bytes, &mut |_| {}).map(|_| bytes).map_err(|e| e.to_string())
+    };
+    let older = bytes(&copy);
+    assert!(older.is_ok());
+    let own = json!({"head_dim": 16});
+    copy.remove(CONFIG, "/global_head_dim");
+    copy.set(CONFIG, "/per_layer_config", json!({"1": own, "3": own}));
+    assert!(bytes(&copy) == older);
+    let both = json!({"head_dim": 16, "num_key_value_heads": 2});
+    copy.set(CONFIG, "/per_layer_config", json!({"1": both, "3": both}));
+    assert!(bytes(&copy) == older);
+    for other in [
+        json!({"1": own}),
+        json!({"1": own, "3": both}),
+        json!({"0": own, "1": own, "3": own}),
+        json!({"1": {}, "3": {}}),
+        json!({"1": {"head_dim": 16, "rank": 1}, "3": {"head_dim": 16, "rank": 1}}),
+        json!([own, own]),
+    ] {
+        copy.set(CONFIG, "/per_layer_config", other);
+        copy.is_refused("single layers", "for each layer of full_attention");
+    }
+    copy.set(CONFIG, "/per_layer_config", json!({"1": own, "3": own}));
+    copy.set(CONFIG, "/global_head_dim", json!(8));
+    copy.is_refused("both", "the same as per_layer_config");
 }
 
 #[test]
@@ -408,7 +531,7 @@ const VOCABULARY: &str = "tokenizer.json";
 fn what_is_not_supported_is_named() {
     let mut wrong = Vec::new();
     for (family, file, pointer, value, says) in [
-        ("llama", CONFIG, "/model_type", json!("rwkv"), "one of bert, camembert, distilbert"),
+        ("llama", CONFIG, "/model_type", json!("rwkv"), "one of arcee, bert, camembert, cohere, cohere2,"),
         ("llama", CONFIG, "/hidden_act", json!("relu"), "expected silu, got"),
         ("llama", CONFIG, "/quantization_config", json!({}), "quantization_config"),
         ("llama", CONFIG, "/quantization_config", json!({"quant_method": "bitnet"}), "fp8, gptq, awq,"),
@@ -512,7 +635,7 @@ fn what_is_not_supported_is_named() {
             json!([4, 0, 0]),
             "leave out pair 1",
         ),
-        ("qwen3_5", CONFIG, "/text_config", Value::Null, "one of bert"),
+        ("qwen3_5", CONFIG, "/text_config", Value::Null, "the options of the language model"),
         ("gemma4", CONFIG, "/per_layer_config", json!({}), "per_layer_config"),
         ("gemma4", CONFIG, "/enable_moe_block", json!(true), "enable_moe_block"),
         ("gemma4", CONFIG, "/layer_types", json!(["full_attention"]), "for each layer"),
@@ -577,7 +700,7 @@ fn what_is_not_supported_is_named() {
             json!([3, 0, 0]),
             "leave out pair 1",
         ),
-        ("qwen3_vl", CONFIG, "/model_type", json!("qwen3_omni"), "one of bert"),
+        ("qwen3_vl", CONFIG, "/model_type", json!("qwen3_omni"), "gemma3, gemma3_text, gemma3n,"),
         ("stablelm", CONFIG, "/qk_layernorm", json!(true), "qk_layernorm"),
         ("olmoe", CONFIG, "/clip_qkv", json!(8.0), "clip_qkv"),
         ("phi", CONFIG, "/qk_layernorm", json!(true), "qk_layernorm"),
@@ -599,6 +722,13 @@ fn what_is_not_supported_is_named() {
             "/pre_tokenizer/pretokenizers/0/pattern/Regex",
             json!("."),
             "one that is known",
+        ),
+        (
+            "qwen3",
+            CONFIG,
+            "/architectures/0",
+            json!("Qwen3ForSequenceClassification"),
+            "title of its README.md, got Qwen3ForSequenceClassification",
         ),
         ("llama", VOCABULARY, "/normalizer", json!({"type": "Lowercase"}), "none or NFC"),
         ("llama", VOCABULARY, "/post_processor", json!({"type": "RobertaProcessing"}), "post_processor"),
@@ -973,6 +1103,26 @@ fn what_bert_does_besides_is_named() {
     std::fs::write(copy.0.join("modules.json"), two.to_string()).unwrap();
     let (_, left_out) = convert_to_gguf(&copy.0);
     assert!(left_out.len() == 1 && left_out[0].contains("--no-normalize"), "{left_out:?}");
+    let copy = Copy::of("roberta");
+    let no_pooling = |copy: &Copy| convert_to_gguf(&copy.0).1.iter().any(|line| line.contains("no pooling"));
+    assert!(!no_pooling(&copy));
+    let _ = std::fs::remove_file(copy.0.join("modules.json"));
+    std::fs::remove_dir_all(copy.0.join("1_Pooling")).unwrap();
+    assert!(no_pooling(&copy));
+    // Of rerankers: what becomes of scores.
+    for (pointer, value) in [
+        ("/sbert_ce_default_activation_function", json!("torch.nn.modules.activation.Sigmoid")),
+        ("/sentence_transformers", json!({"activation_fn": "torch.nn.modules.activation.Sigmoid"})),
+    ] {
+        let copy = Copy::of("bert-rank");
+        let warns = |copy: &Copy| convert_to_gguf(&copy.0).1.iter().any(|line| line.contains("activation"));
+        assert!(!warns(&copy));
+        copy.set(CONFIG, pointer, value.clone());
+        assert!(warns(&copy), "{pointer}");
+        let identity = value.to_string().replace("activation.Sigmoid", "linear.Identity");
+        copy.set(CONFIG, pointer, serde_json::from_str(&identity).unwrap());
+        assert!(!warns(&copy), "{pointer}");
+    }
     // Of Nemotron-H: steps that have a least length, and layers in the older form.
     let copy = Copy::of("nemotron_h");
     copy.set(CONFIG, "/time_step_min", json!(0.001));

@@ -17,8 +17,12 @@ pub struct ConvertArgs {
     /// GGUF file to write; it must not exist yet.
     out: PathBuf,
     /// Format of matrices, such as f32 or q8_0.
-    #[arg(long, default_value = "f16", value_parser = synth::format)]
+    #[arg(long, default_value = "f16", value_parser = format)]
     format: Format,
+}
+
+fn format(name: &str) -> Result<Format, String> {
+    synth::named(name, halite::convert::formats())
 }
 
 pub fn convert(args: &ConvertArgs) -> Result<(), Failure> {

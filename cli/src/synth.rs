@@ -35,8 +35,13 @@ pub struct SynthArgs {
 }
 
 pub fn format(name: &str) -> Result<Format, String> {
+    named(name, Format::ALL.iter().copied())
+}
+
+/// The format of a name. If there is none, the error lists `offered`; why another one is not among them, the library says.
+pub fn named(name: &str, offered: impl Iterator<Item = Format>) -> Result<Format, String> {
     Format::from_name(&name.to_uppercase()).ok_or_else(|| {
-        let names: Vec<_> = Format::ALL.iter().map(|format| format.name().to_lowercase()).collect();
+        let names: Vec<_> = offered.map(|format| format.name().to_lowercase()).collect();
         format!("expected one of {}", names.join(", "))
     })
 }

@@ -26,6 +26,21 @@ fn the_command_writes_a_model() {
 }
 
 #[test]
+fn the_command_offers_the_formats_that_it_writes() {
+    let of = |format: &str| {
+        let out = std::process::Command::new(env!("CARGO_BIN_EXE_halite"))
+            .args(["convert", ".", "none.gguf", "--format", format])
+            .output()
+            .unwrap();
+        String::from_utf8(out.stderr).unwrap()
+    };
+    let error = of("none");
+    assert!(error.contains("expected one of f32, f16") && error.contains("q8_0"), "{error}");
+    assert!(!error.contains("i8") && !error.contains("iq2_s") && !error.contains("iq1_m"), "{error}");
+    assert!(of("iq2_s").contains("needs a matrix of importance"));
+}
+
+#[test]
 fn the_command_prints_the_vectors() {
     let file = std::env::temp_dir().join(format!("halite-bert-{}.gguf", std::process::id()));
     let run = |args: &[&str]| {

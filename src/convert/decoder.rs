@@ -61,6 +61,9 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let seeing =
         SEEING.iter().any(|model_type| outer.value.get("model_type").is_some_and(|t| t == model_type));
     let text = if seeing { outer.object("text_config")? } else { None };
+    if seeing && text.is_none() {
+        return Err(outer.missing("text_config", "the options of the language model"));
+    }
     let config = text.as_ref().unwrap_or(outer);
     let model_type = config.str("model_type")?;
     let both_ways = config.get("use_bidirectional_attention").is_some_and(|value| *value == true);
@@ -74,11 +77,17 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let family = families.clone().find(fits).or(families.next());
     let family = family.ok_or_else(|| {
         let decoders = FAMILIES.iter().map(|family| family.model_type);
-        let mut known: Vec<&str> = encoder::model_types().chain(decoders).collect();
+        let mut known: Vec<&str> =
+            encoder::model_types().chain(decoders).chain(SEEING.iter().copied()).collect();
+        known.sort_unstable();
         known.dedup();
         config.wrong("model_type", &format!("one of {}", known.join(", ")), model_type)
     })?;
-    let config = &config.with(family.defaults);
+    let mut config = config.with(family.defaults);
+    if family.architecture == "gemma4" {
+        config = gemma_4_global(&config)?;
+    }
+    let config = &config;
     let scheme = if config.get("quantization_config").is_some() { config } else { outer };
     let scheme = Scheme::of(scheme)?;
     options::check(config, family.only)?;
@@ -267,6 +276,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
             taken.push(("cls.output.weight", of, Rows::Of(ids.clone())));
         }
         Some(Reranker::Scores) => {
+            left_out.extend(encoder::activation(config));
             encoder::classification_head(config, architecture, w)?;
             names.insert(0, HEAD);
         }
@@ -356,8 +366,11 @@ impl Reranker {
                 Ok(Some(Reranker::Tokens(ids?.into_iter().map(|id| id as usize).collect())))
             }
             (false, true) => {
-                let got = "one that scores texts in a way of its own";
-                Err(config.wrong("architectures", "a model that generates, or Qwen3-Reranker", got))
+                let got =
+                    config.value.pointer("/architectures/0").and_then(Value::as_str).unwrap_or_default();
+                let expected = "a model that generates, or Qwen3-Reranker: a qwen3 with that name as part of its folder's name or of \
+                                `_name_or_path`, or as the title of its README.md";
+                Err(config.wrong("architectures", expected, got))
             }
             (false, false) => Ok(None),
         }
@@ -404,11 +417,40 @@ fn recurrent_layers(config: &Json, family: &Family, layers: u32, w: &mut Writer)
     w.entry(&format!("{architecture}.attention.head_count_kv"), &heads[..])
 }
 
+/// Gemma 4's options with those of single layers, which newer versions of the library write, in the keys of older ones: these have one
+/// value for all layers without a window.
+fn gemma_4_global(config: &Json) -> Result<Json> {
+    let Some(by_layer) = config.get("per_layer_config") else { return Ok(config.with(&[])) };
+    let types = config.get("layer_types").and_then(Value::as_array).into_iter().flatten();
+    let mut of_global = types.enumerate().filter(|(_, kind)| **kind == "full_attention").map(|(layer, _)| {
+        let own = by_layer.get(layer.to_string())?;
+        own.as_object().filter(|own| own.contains_key("head_dim"))
+    });
+    let first = of_global.next().flatten();
+    let count = 1 + of_global.clone().count();
+    let is_one =
+        of_global.all(|own| own == first) && by_layer.as_object().is_some_and(|all| all.len() == count);
+    let expected =
+        "the same head_dim and num_key_value_heads for each layer of full_attention, and none for others";
+    let first = first.filter(|_| is_one).ok_or_else(|| config.missing("per_layer_config", expected))?;
+    let mut values = Vec::new();
+    for (key, value) in first {
+        let older = match &key[..] {
+            "head_dim" => "global_head_dim",
+            "num_key_value_heads" => "num_global_key_value_heads",
+            _ => return Err(config.missing("per_layer_config", expected)),
+        };
+        if let Some(other) = config.get(older).filter(|other| *other != value) {
+            return Err(config.wrong(older, "the same as per_layer_config", other));
+        }
+        values.push((older, value.to_string()));
+    }
+    let values: Vec<(&str, &str)> = values.iter().map(|(key, value)| (*key, &value[..])).collect();
+    Ok(config.with(&values))
+}
+
 /// Writes in what Gemma 4's layers differ: heads, hidden elements, inputs of their own.
 fn gemma_4_layers(config: &Json, layers: u32, w: &mut Writer) -> Result<()> {
-    if let Some(other) = config.get("per_layer_config") {
-        return Err(config.wrong("per_layer_config", "none, but global_head_dim", other));
-    }
     let length = config.u32("global_head_dim")?;
     w.entry("gemma4.attention.key_length", length)?;
     w.entry("gemma4.attention.value_length", length)?;

@@ -282,6 +282,9 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
             left_out = vocabulary::write(folder, config, if ranks { Task::Rank } else { Task::Embed }, w)?
         }
     }
+    if ranks {
+        left_out.extend(activation(config));
+    }
     let mut beside = Vec::new();
     if !ranks {
         let sentence = Sentence { architecture, positions, dense: &[], word_pieces };
@@ -390,6 +393,15 @@ fn types_of_tokens(fast: &Json, of_pairs: bool) -> Result<()> {
 pub(super) fn has_classification_head(config: &Json) -> bool {
     let name = config.value.pointer("/architectures/0").and_then(Value::as_str);
     name.is_some_and(|name| name.ends_with("ForSequenceClassification"))
+}
+
+/// A warning about what sentence-transformers would do to scores.
+pub(super) fn activation(config: &Json) -> Option<String> {
+    let newer = config.value.pointer("/sentence_transformers/activation_fn").and_then(Value::as_str);
+    let older = || config.get("sbert_ce_default_activation_function").and_then(Value::as_str);
+    let name = newer.or_else(older).filter(|name| name.rsplit('.').next() != Some("Identity"))?;
+    let name: String = name.chars().filter(|c| !c.is_control()).take(64).collect();
+    Some(format!("config.json: the activation {name} is left out: scores are those of the head"))
 }
 
 /// Writes the keys of a reranker, whose head has a single label.

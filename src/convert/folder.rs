@@ -46,6 +46,32 @@ fn inside(folder: &Path, name: &str) -> Result<PathBuf> {
     Err(Error::Io { path, source: std::io::Error::other(message) })
 }
 
+/// How the small file begins that stands for a large one until Git LFS has loaded it.
+const POINTER: &[u8] = b"version https://git-lfs";
+
+fn no_pointer(path: &Path, bytes: &[u8]) -> Result<()> {
+    match bytes.starts_with(POINTER) {
+        true => Err(wrong(
+            path,
+            "expected the file itself, got a pointer of Git LFS: load it with `git lfs pull`",
+        )),
+        false => Ok(()),
+    }
+}
+
+/// Rejects what looks like a model's folder, but is none.
+pub(super) fn check(folder: &Path) -> Result<()> {
+    if folder.is_file() {
+        return Err(wrong(folder, "expected a folder with config.json and safetensors, got a file"));
+    }
+    if !has(folder, "config.json") && has(folder, "adapter_config.json") {
+        let message =
+            "expected a model with config.json, got an adapter (PEFT): merge it into its model first";
+        return Err(wrong(folder, message));
+    }
+    Ok(())
+}
+
 /// Whether the folder has a file of that name, or a link.
 pub(super) fn has(folder: &Path, name: &str) -> bool {
     folder.join(name).symlink_metadata().is_ok()
@@ -53,7 +79,9 @@ pub(super) fn has(folder: &Path, name: &str) -> bool {
 
 /// A file of the folder, of so many bytes at most.
 pub(super) fn read_bytes(folder: &Path, name: &str, most: u64) -> Result<Vec<u8>> {
-    map::read(&inside(folder, name)?, most)
+    let bytes = map::read(&inside(folder, name)?, most)?;
+    no_pointer(&folder.join(name), &bytes)?;
+    Ok(bytes)
 }
 
 /// A text file of the folder.
@@ -221,6 +249,11 @@ impl Files {
             beside.push((path, source, prefix.clone()));
         }
         if has(folder, SINGLE) || !has(folder, INDEX) {
+            let older = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
+            if let Some(name) = older.into_iter().find(|name| has(folder, name) && !has(folder, SINGLE)) {
+                let message = format!("expected {SINGLE}, got {name} alone: save the model as safetensors");
+                return Err(wrong(folder, &message));
+            }
             return Ok(Files { files: vec![open(SINGLE)?], beside, index: None });
         }
         let json = Json::open(folder, INDEX)?;
@@ -282,6 +315,7 @@ fn wrong(path: &Path, message: &str) -> Error {
 
 /// Returns the tensors of a file.
 fn views<'s>(path: &Path, source: &'s Source) -> Result<Vec<(String, TensorView<'s>)>> {
+    no_pointer(path, source.bytes())?;
     let header = source.bytes().first_chunk().map_or(0, |len| u64::from_le_bytes(*len));
     if header > MAX_HEADER_BYTES {
         let message = format!("expected at most {MAX_HEADER_BYTES} bytes of header, got {header}");

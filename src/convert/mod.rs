@@ -187,6 +187,22 @@ struct Target<'a> {
     is_rate: bool,
 }
 
+/// Whether a format is noise unless the importance of columns is known, which folders do not say.
+fn needs_importance(format: Format) -> bool {
+    use Format as F;
+    matches!(format, F::IQ1_S | F::IQ1_M | F::IQ2_XXS | F::IQ2_XS | F::IQ2_S | F::IQ3_XXS)
+}
+
+fn has_quantiser(format: Format) -> bool {
+    let zeros = vec![0.0; format.block_len()];
+    format.quantize(&zeros, &mut vec![0; format.block_bytes()]).is_ok()
+}
+
+/// The formats that [`convert`] writes matrices in: those with a quantiser that needs no matrix of importance.
+pub fn formats() -> impl Iterator<Item = Format> {
+    Format::ALL.iter().copied().filter(|&format| !needs_importance(format) && has_quantiser(format))
+}
+
 /// Writes the model of a folder as GGUF, with matrices in `format`; vectors, biases and routers stay F32.
 /// `progress` receives the bytes of each finished tensor.
 ///
@@ -202,7 +218,7 @@ struct Target<'a> {
 ///
 /// # Errors
 /// [`Error::Io`] if a file cannot be read, or `out` not written (then without a path). [`Error::Model`] or
-/// [`Error::Tokenizer`] for an unknown family, option, tensor or vocabulary, a format without a quantiser or
+/// [`Error::Tokenizer`] for an unknown family, option, tensor or vocabulary, a format that is not one of [`formats`] or
 /// whose blocks do not fit, and values that are not finite. Errors of opening the result.
 pub fn convert(
     folder: &Path,
@@ -211,6 +227,16 @@ pub fn convert(
     progress: &mut dyn FnMut(u64),
 ) -> Result<Vec<String>> {
     let _floats = DefaultFloats::set();
+    if needs_importance(format) {
+        return Err(Error::Model(format!(
+            "{} needs a matrix of importance: convert to F16, and quantise that with a matrix of importance",
+            format.name()
+        )));
+    }
+    if !has_quantiser(format) {
+        return Err(Error::Model(format!("no quantiser for {}", format.name())));
+    }
+    folder::check(folder)?;
     let config = Json::open(folder, "config.json")?;
     let mut writer = Writer::new(ALIGNMENT)?;
     let model_type = config.str("model_type")?;
@@ -235,7 +261,11 @@ pub fn convert(
         target.write(new.format, out).map_err(|error| match error {
             Error::Io { source, .. } => source,
             error => {
-                failure = Some(Error::Model(format!("tensor `{}`: {error}", new.name)));
+                let why = match error {
+                    Error::Model(why) => why,
+                    error => error.to_string(),
+                };
+                failure = Some(Error::Model(format!("tensor `{}`: {why}", new.name)));
                 io::ErrorKind::InvalidData.into()
             }
         })
@@ -372,6 +402,9 @@ impl Plan {
             if expert.is_some_and(|expert| expert != place) {
                 return Err(format!("expert {place} is missing"));
             }
+            // gpt-oss multiplies with matrices of experts from the right. Those of MXFP4 are as elsewhere.
+            let by_columns = takes_turns && !is_bias && part.shape().len() == 3;
+            let part = if by_columns { part.transposed() } else { part };
             let dims = part.shape().iter().rev().map(|&dim| dim as u64).chain(expert.map(|_| experts));
             let mut dims: Vec<u64> = dims.collect();
             // A convolution of each channel by itself.

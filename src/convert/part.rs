@@ -209,6 +209,8 @@ pub(super) struct Part<'a> {
 #[derive(Clone)]
 enum Data<'a> {
     Plain(TensorView<'a>),
+    /// Matrices whose columns come one after the other.
+    ByColumns(TensorView<'a>),
     Fp8 {
         codes: &'a [u8],
         /// For each block, row by row.
@@ -251,6 +253,15 @@ impl<'a> Part<'a> {
         Part { shape: view.shape().to_vec(), data: Data::Plain(view) }
     }
 
+    /// Plain matrices transposed; other weights are as they were.
+    pub(super) fn transposed(mut self) -> Part<'a> {
+        if let (Data::Plain(view), [.., rows, columns]) = (&self.data, &mut self.shape[..]) {
+            self.data = Data::ByColumns(view.clone());
+            std::mem::swap(rows, columns);
+        }
+        self
+    }
+
     /// Dimensions, outermost first.
     pub(super) fn shape(&self) -> &[usize] {
         &self.shape
@@ -269,7 +280,7 @@ impl<'a> Part<'a> {
     /// Reads rows of so many columns, which may be fewer than its own.
     pub(super) fn reader(&self, columns: usize) -> Result<RowReader<'_>> {
         let plain = match &self.data {
-            Data::Plain(view) => Some(element(view.dtype())?),
+            Data::Plain(view) | Data::ByColumns(view) => Some(element(view.dtype())?),
             _ => None,
         };
         Ok(RowReader { part: self, columns, plain })
@@ -298,7 +309,16 @@ impl RowReader<'_> {
                 let elements = view.data().get(from..from + columns * bytes).unwrap_or(&[]);
                 values.extend(elements.chunks_exact(bytes).map(element));
             }
-            (Data::Plain(_), None) => {}
+            (Data::ByColumns(view), Some((element, bytes))) => {
+                // Those of a matrix are a column's elements.
+                let [.., rows, _] = self.part.shape[..] else { return };
+                let (matrix, row) = (row / rows.max(1), row % rows.max(1));
+                let at = |column| ((matrix * columns + column) * rows + row) * bytes;
+                let elements =
+                    (0..columns).filter_map(|column| view.data().get(at(column)..at(column) + bytes));
+                values.extend(elements.map(element));
+            }
+            (Data::Plain(_) | Data::ByColumns(_), None) => {}
             (Data::Fp8 { codes, scales, block: [rows, width] }, _) => {
                 let across = columns.div_ceil(*width);
                 let codes = codes.get(row * columns..(row + 1) * columns).unwrap_or(&[]);

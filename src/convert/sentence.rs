@@ -86,8 +86,9 @@ impl Sentence<'_> {
             }
         }
         let pooling = pooling.or_else(|| has(folder, POOLING).then(|| POOLING.to_owned()));
-        if let Some(pooling) = pooling.map(|path| self::pooling(folder, &path)).transpose()? {
-            w.entry(&format!("{}.pooling_type", self.architecture), pooling)?;
+        match pooling.map(|path| self::pooling(folder, &path)).transpose()? {
+            Some(pooling) => w.entry(&format!("{}.pooling_type", self.architecture), pooling)?,
+            None => found.left_out.push(format!("{POOLING} is not there: the file states no pooling")),
         }
         if !normalizes {
             found.left_out.push(
