@@ -33,7 +33,7 @@ pub struct EmbedArgs {
 /// An encoder and where it runs.
 #[derive(Args)]
 pub struct EncoderArgs {
-    /// GGUF file of the encoder.
+    /// GGUF file of the encoder, or of a decoder that embeds or ranks.
     #[arg(short, long, value_name = "FILE")]
     model: PathBuf,
     #[command(flatten)]
