@@ -485,7 +485,7 @@ fn vocabularies_that_do_not_make_sense() {
         ("model of u32", set("model", 1u32.into()),
             "Gguf", "test: key `tokenizer.ggml.model`: expected string, got u32"),
         ("unknown model", set("model", "wordpiece\x1b[2J".into()),
-            "Tokenizer", "tokenizer: tokenizer model \"wordpiece\\u{1b}[2J\" is not supported (llama, gpt2, gemma4, bert, t5, none)"),
+            "Tokenizer", "tokenizer: tokenizer model \"wordpiece\\u{1b}[2J\" is not supported (llama, gpt2, gemma4, bert, t5, plamo2, none)"),
         ("WordPiece without an unknown token", wordpiece().without("tokenizer.ggml.unknown_token_id").bytes(),
             "Tokenizer", "tokenizer: unknown_token_id is missing"),
         ("lowercase of u32", wordpiece().set("tokenizer.ggml.normalizer.lowercase", 1u32).bytes(),

@@ -437,7 +437,14 @@ fn quantisation_errs_by_at_most_half_a_step() {
             Format::Q8_K => 0.5 / 127.0,
             // `quantize.rs` checks these, by their blocks.
             Format::Q2_K | Format::Q3_K | Format::Q4_K | Format::Q5_K | Format::Q6_K => continue,
-            Format::IQ4_NL | Format::IQ4_XS | Format::MXFP4 | Format::TQ1_0 | Format::TQ2_0 => continue,
+            Format::IQ4_NL
+            | Format::IQ4_XS
+            | Format::MXFP4
+            | Format::NVFP4
+            | Format::TQ1_0
+            | Format::TQ2_0 => continue,
+            Format::IQ1_S | Format::IQ1_M | Format::IQ2_XXS | Format::IQ2_XS | Format::IQ2_S => continue,
+            Format::IQ3_XXS | Format::IQ3_S | Format::Q1_0 | Format::Q2_0 => continue,
             _ => {
                 let mut blocks = vec![0; format.row_bytes(input.len()).unwrap()];
                 assert_eq!(format.quantize(&input, &mut blocks), Err(FormatError::NoQuantiser(format)));
