@@ -16,10 +16,20 @@ pub(crate) const TEMPLATE: &str = "tokenizer.chat_template.rerank";
 /// neither of them can forge, or with the vocabulary's separators.
 ///
 /// # Errors
-/// [`Error::Gguf`] for a template that is no text.
+/// [`Error::Gguf`] for a template that is no text. [`Error::Model`] for token types that no separator divides.
 pub fn tokens(gguf: &Gguf, tokenizer: &Tokenizer, query: &str, document: &str) -> Result<Vec<u32>> {
     let Some(template) = gguf.optional_str(TEMPLATE)? else {
-        return Ok(tokenizer.encode_pair(query, document));
+        let pair = tokenizer.encode_pair(query, document);
+        // A document has a type of its own, which begins behind the separator.
+        if gguf.optional_u32("tokenizer.ggml.token_type_count")?.is_some_and(|types| types > 1)
+            && let Some(separator) = gguf.optional_u32("tokenizer.ggml.seperator_token_id")?
+            && pair.iter().filter(|&&id| id == separator).count() < 2
+        {
+            return Err(Error::Model(format!(
+                "key `tokenizer.ggml.seperator_token_id`: expected the token behind query and document, got {separator}"
+            )));
+        }
+        return Ok(pair);
     };
     // In one pass: a query may contain `{document}`.
     let mut text = String::new();
@@ -77,16 +87,6 @@ impl Embedder {
         let model = self.model().clone();
         let pairs = documents.iter().map(|document| self.fitting(tokenizer, query, document.as_ref()));
         let texts = pairs.collect::<Result<Vec<_>>>()?;
-        // Otherwise all tokens would have the type of the query's.
-        let types = model.hparams().token_type_count.filter(|&types| types > 1);
-        let separator = model.hparams().separator_token.filter(|_| types.is_some());
-        if let Some(separator) = separator
-            && texts.iter().any(|text| text.iter().filter(|&&id| id == separator).count() < 2)
-        {
-            return Err(Error::Model(format!(
-                "key `tokenizer.ggml.seperator_token_id`: expected the token behind query and document, got {separator}"
-            )));
-        }
         Ok(self.embed_tokens(&texts)?.iter().map(|labels| score(labels)).collect())
     }
 
@@ -103,7 +103,7 @@ impl Embedder {
             let expected = format!("at most {most} tokens with what stands around it");
             return Err(Error::argument("query", expected, fits.len()));
         }
-        // Half of what is left at a time: so many characters fit, so many do not.
+        // Bisection: the first `short` characters fit, the first `long` do not.
         let ends: Vec<usize> = document.char_indices().map(|(at, _)| at).chain([document.len()]).collect();
         let (mut short, mut long) = (0, ends.len() - 1);
         while long - short > 1 {

@@ -10,6 +10,7 @@ use halite::backend::cpu::Cpu;
 use halite::backend::reference::Reference;
 use halite::embed::{EmbedOptions, Embedder};
 use halite::kernels::formats::Format;
+use halite::map::Source;
 use halite::model::Pooling;
 use halite::{Model, Tokenizer, rank};
 use halite_testing::bert;
@@ -140,4 +141,27 @@ fn long_documents_are_shortened() {
         let told = truncates.rank(&tokenizer, &long, &["a"]).unwrap_err().to_string();
         assert!(told.starts_with("query: expected at most"), "{told}");
     }
+}
+
+/// Token types are those of a pair that the file's separator divides.
+#[test]
+fn a_separator_that_divides_nothing_is_named() {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/convert/bert-rank-types");
+    let mut bytes = Vec::new();
+    halite::convert::convert(&folder, Format::F32, &mut bytes, &mut |_| {}).unwrap();
+    let key = b"tokenizer.ggml.seperator_token_id";
+    let at = bytes.windows(key.len()).position(|window| window == key).unwrap() + key.len() + 4;
+    let told = |separator: u32| {
+        let mut bytes = bytes.clone();
+        bytes[at..at + 4].copy_from_slice(&separator.to_le_bytes());
+        let model = Arc::new(Model::from_source(Source::from_bytes("pair", &bytes)).unwrap());
+        let tokenizer = Tokenizer::from_gguf(model.gguf()).unwrap().unwrap();
+        let tokens = rank::tokens(model.gguf(), &tokenizer, "a", "b").map(|tokens| tokens.len());
+        let embedder = Embedder::new(&model, &cpu(), &EmbedOptions::default());
+        (tokens.map_err(|e| e.to_string()), embedder.map(|_| ()).map_err(|e| e.to_string()))
+    };
+    assert!(matches!(told(3), (Ok(_), Ok(()))), "{:?}", told(3));
+    let (tokens, embedder) = told(u32::MAX);
+    assert!(tokens.unwrap_err().contains("seperator_token_id"));
+    assert!(embedder.unwrap_err().contains("seperator_token_id`: expected below"));
 }

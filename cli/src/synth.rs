@@ -38,7 +38,7 @@ pub fn format(name: &str) -> Result<Format, String> {
     named(name, Format::ALL.iter().copied())
 }
 
-/// The format of a name. If there is none, the error lists `offered`; why another one is not among them, the library says.
+/// The format of a name, which need not be offered; the error for an unknown name lists what is.
 pub fn named(name: &str, offered: impl Iterator<Item = Format>) -> Result<Format, String> {
     Format::from_name(&name.to_uppercase()).ok_or_else(|| {
         let names: Vec<_> = offered.map(|format| format.name().to_lowercase()).collect();
@@ -55,7 +55,7 @@ pub fn synth(args: &SynthArgs) -> Result<(), Failure> {
     let shape = &shape.clone().block_count(layers);
     let formats = Formats::of(args.format).output(args.output_format.unwrap_or(args.format));
     let file = Synth::new(shape, formats, args.seed)?;
-    // Of a model whose first layers are all of one kind, too few are none.
+    // The first layers may lack a kind of layer that the family needs.
     file.model().and_then(|model| model.program(ProgramOptions::default(), 1))?;
     let io = |source| Error::Io { path: args.out.clone(), source };
     let mut out = File::create(&args.out, Replace::Nothing, &[])?;

@@ -178,22 +178,21 @@ impl<'n, 'b> Network<'n, 'b> {
             self.b.fail("key `tokenizer.ggml.token_type_count` is missing".into());
             1
         });
-        let index = match (h.pooling_type, h.separator_token) {
-            (Some(Pooling::Rank), Some(separator)) if types > 1 && separator < h.vocab_size => {
-                Index::Part { separator }
-            }
-            (Some(Pooling::Rank), Some(separator)) if types > 1 => {
+        let is_pair = h.pooling_type == Some(Pooling::Rank) && types > 1;
+        let index = match h.separator_token {
+            _ if !is_pair => Index::First,
+            Some(separator) if separator < h.vocab_size => Index::Part { separator },
+            Some(separator) => {
                 let below = h.vocab_size;
                 self.b.fail(format!(
                     "key `tokenizer.ggml.seperator_token_id`: expected below {below}, the vocabulary, got {separator}"
                 ));
                 Index::First
             }
-            (Some(Pooling::Rank), None) if types > 1 => {
+            None => {
                 self.b.fail("key `tokenizer.ggml.seperator_token_id` is missing: it ends the query".into());
                 Index::First
             }
-            _ => Index::First,
         };
         let table = self.weight("token_types.weight", types, h.embedding_length);
         self.b.embed(table, index, 1.0)

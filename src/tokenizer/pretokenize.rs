@@ -28,12 +28,15 @@ macro_rules! llama3 {
         llama3!($digits, r"[\r\n]*")
     };
     ($digits:literal, $after:literal) => {
+        concat!(llama3!(@words $digits, $after), r"|\s+(?!\S)|\s+")
+    };
+    (@words $digits:literal, $after:literal) => {
         concat!(
             r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
             $digits,
             r"| ?[^\s\p{L}\p{N}]+",
             $after,
-            r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+            r"|\s*[\r\n]+"
         )
     };
 }
@@ -43,15 +46,6 @@ macro_rules! powers {
         concat!(
             r"|\s{512}(?!\S)|\s{256}(?!\S)|\s{128}(?!\S)|\s{64}(?!\S)|\s{32}(?!\S)|\s{16}(?!\S)|\s{8}(?!\S)|\s{4}(?!\S)",
             r"|\s{1,2}(?!\S)|\s{1}"
-        )
-    };
-}
-macro_rules! jais_2 {
-    () => {
-        concat!(
-            r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}",
-            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+",
-            powers!()
         )
     };
 }
@@ -134,7 +128,11 @@ const KINDS: &[Kind] = &[
         add_bos: true,
         ..PLAIN
     },
-    Kind { names: &["jais-2"], patterns: &[jais_2!()], ..PLAIN },
+    Kind {
+        names: &["jais-2"],
+        patterns: &[concat!(llama3!(@words "{1,3}", r"[\r\n]*"), powers!())],
+        ..PLAIN
+    },
     Kind { names: &["dbrx", "smaug-bpe", "chatglm-bpe"], patterns: &[llama3!("{1,3}")], ..PLAIN },
     Kind { names: &["glm4", "glm5"], patterns: &[llama3!("{1,3}")], ignore_merges: true, ..PLAIN },
     Kind {
@@ -337,10 +335,9 @@ impl Pattern {
         // A remaining single space is a match or lies between matches, which gives the same words.
         let words = pattern.strip_suffix(r"|\s+").unwrap_or(pattern).strip_suffix(SPACES);
         let in_powers = pattern.strip_suffix(POWERS);
-        let regex = match (words, in_powers) {
-            (Some(words), _) => Regex::new_many(&[words, r"\s+"]),
-            (_, Some(words)) => Regex::new_many(&[words, r"\s+"]),
-            _ => Regex::new(pattern),
+        let regex = match words.or(in_powers) {
+            Some(words) => Regex::new_many(&[words, r"\s+"]),
+            None => Regex::new(pattern),
         };
         Ok(Pattern { regex: regex?, in_powers: in_powers.is_some() })
     }
