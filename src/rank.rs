@@ -84,7 +84,6 @@ impl Embedder {
                 self.pooling()
             )));
         }
-        let model = self.model().clone();
         let pairs = documents.iter().map(|document| self.fitting(tokenizer, query, document.as_ref()));
         let texts = pairs.collect::<Result<Vec<_>>>()?;
         Ok(self.embed_tokens(&texts)?.iter().map(|labels| score(labels)).collect())
