@@ -355,6 +355,8 @@ fn models_that_do_not_make_sense() {
             "Model", "model: key `llama.pooling_type`: expected 0 (none), 1 (mean), 2 (CLS), 3 (last) or 4 (rank), got 5"),
         ("rank without a head", set("llama.pooling_type", 4u32.into()),
             "Model", "model: tensor `cls.output.weight` [8] is missing from the file"),
+        ("the mean before a head that reads one token", llama().entry("llama.pooling_type", 4u32).entry("llama.classifier.pooling_type", 1u32).tensor("cls.output.weight", &[8, 1]).bytes(),
+            "Model", "model: key `llama.classifier.pooling_type`: expected 2 (CLS) or 3 (last), got Mean"),
         ("not causal", set("llama.attention.causal", false.into()),
             "Model", "model: key `llama.attention.causal`: only true is supported"),
         ("ALiBi", set("llama.attention.max_alibi_bias", 8f32.into()),

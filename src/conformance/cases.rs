@@ -792,6 +792,20 @@ fn edges() -> Vec<Case> {
             b.output(y);
         });
     }
+    // Scores that are all zero: the mean of each text, as a classification head reads it.
+    cases.add(
+        "Attend F32 of a mean".into(),
+        &[],
+        &[&[(0, 67), (0, 3)], &[(0, 1), (0, 130)]],
+        ATTEND_BOUND,
+        |b| {
+            let x = b.input("x", Dim::Tokens, 3 * 32);
+            let kv = b.state(State::new("kv", 3, 32, 32, Format::F32).after(u32::MAX));
+            b.kv_write(x, x, kv);
+            let y = b.attend(x, kv, 3, 0.0, None, None);
+            b.output(y);
+        },
+    );
     // More positions than a device may have room for at a time.
     cases.add("Attend F16 of 1100 positions".into(), &[], &[&[(0, 1097)], &[(1097, 3)]], ATTEND_BOUND, |b| {
         attended(b, State::new("kv", 1, 16, 16, Format::F16), 1, 0.25, None, false);

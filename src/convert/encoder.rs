@@ -118,7 +118,7 @@ const BERT: Family = Family {
     names: BERT_NAMES,
     head: &[("pooler.dense", "cls"), ("classifier", "cls.output")],
     unused: &["pooler.*", "cls.*", "embeddings.position_ids"],
-    biased: &["LayerNorm", "query", "key", "value", "dense"],
+    biased: &["LayerNorm", "query", "key", "value", "dense", "classifier", "out_proj"],
     keys: &[],
     defaults: &[("type_vocab_size", "2")],
     only: &[
@@ -162,12 +162,12 @@ const FAMILIES: &[Family] = &[
         architecture: "modern-bert",
         prefixes: &["model."],
         names: MODERN_NAMES,
-        head: &[],
+        head: &[("head.dense", "cls"), ("head.norm", "cls.norm"), ("classifier", "cls.output")],
         unused: &["head.*", "decoder.*"],
-        biased: &[],
+        biased: &["classifier"],
         keys: &[("hidden_activation", &["hidden_activation"], Kind::Text)],
-        defaults: &[],
-        only: &[("is_decoder", Only::Bool(false))],
+        defaults: &[("classifier_pooling", "\"cls\"")],
+        only: &[("is_decoder", Only::Bool(false)), ("classifier_activation", Only::Text("gelu"))],
         has_rope: true,
         rope_bases: [Some(160_000.0), Some(10_000.0)],
         has_window: true,
@@ -250,9 +250,8 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         .find(|(key, ..)| *key == "block_count")
         .and_then(|(_, from, _)| from.iter().find_map(|from| config.get(from).and_then(Value::as_u64)));
     let layers = count.unwrap_or(0).min(MAX_LAYERS as u64);
-    for (from, _) in
-        family.names.iter().filter(|(from, _)| family.biased.iter().any(|end| from.ends_with(end)))
-    {
+    let is_biased = |from: &str| family.biased.iter().any(|end| from.ends_with(end));
+    for (from, _) in family.names.iter().filter(|(from, _)| is_biased(from)) {
         let of_layers = if from.contains("{}") { layers } else { 1 };
         required.extend((0..of_layers).map(|layer| from.replace("{}", &layer.to_string()) + ".bias"));
     }
@@ -264,9 +263,18 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         }
         classification_head(config, architecture, w)?;
         names.push(family.head);
+        if config.get("classifier_pooling").is_some() {
+            let pooling: u32 = match config.str("classifier_pooling")? {
+                "mean" => 1,
+                "cls" => 2,
+                other => return Err(config.wrong("classifier_pooling", "mean or cls", other)),
+            };
+            w.entry(&format!("{architecture}.classifier.pooling_type"), pooling)?;
+        }
         for (from, _) in family.head {
             unused.retain(|pattern| !super::matches(pattern, from));
-            required.extend(["weight", "bias"].map(|kind| format!("{from}.{kind}")));
+            required.push(format!("{from}.weight"));
+            required.extend(is_biased(from).then(|| format!("{from}.bias")));
         }
     }
     let fast = Json::open_if_there(folder, "tokenizer.json")?;

@@ -105,10 +105,6 @@ pub(super) fn record_modern(h: &Hparams, b: &mut Builder<'_>) {
             Gate::GeluErf
         }
     };
-    if h.pooling_type == Some(Pooling::Rank) {
-        n.fail("key `modern-bert.pooling_type`: expected a pooling of vectors, got rank: its classification head is not \
-            supported".into());
-    }
     let global_rope = n.rope(RopePairs::Halves);
     let local_rope = n.rope_unscaled(h.rope_freq_base_swa.unwrap_or(10_000.0), RopePairs::Halves);
     let x = n.embed(1.0);
@@ -126,5 +122,8 @@ pub(super) fn record_modern(h: &Hparams, b: &mut Builder<'_>) {
         let y = n.fused_gated_mlp(y, act);
         x = n.add("ffn_residual", sum, y);
     }
-    n.normed_embeddings(x);
+    match h.pooling_type {
+        Some(Pooling::Rank) => n.normed_scores(x),
+        _ => n.normed_embeddings(x),
+    }
 }

@@ -140,6 +140,8 @@ pub struct Hparams {
     pub kda_head_dim: Option<u32>,
     /// Pooling of token vectors.
     pub pooling_type: Option<Pooling>,
+    /// Which token the classification head reads, if the file says it.
+    pub classifier_pooling: Option<Pooling>,
     /// Labels that a classification head scores.
     pub label_count: u32,
     /// Number of token types (segments) of an encoder.
@@ -500,7 +502,8 @@ impl Hparams {
             },
             ssm_dt_b_c_rms: gguf.optional_bool(&key("ssm.dt_b_c_rms"))?.unwrap_or(false),
             kda_head_dim: head_size("kda.head_dim")?,
-            pooling_type: pooling_type(gguf, &architecture)?,
+            pooling_type: pooling_type(gguf, &key("pooling_type"))?,
+            classifier_pooling: pooling_type(gguf, &key("classifier.pooling_type"))?,
             label_count: ranged("classifier.output_labels", labels, MAX_EXTENT)?,
             token_type_count: gguf.optional_u32("tokenizer.ggml.token_type_count")?,
             // The format misspells the key.
@@ -604,10 +607,9 @@ impl Hparams {
     }
 }
 
-/// `pooling_type`: the published values of the key.
-fn pooling_type(gguf: &Gguf, architecture: &str) -> Result<Option<Pooling>> {
-    let key = format!("{architecture}.pooling_type");
-    Ok(match gguf.optional_u32(&key)? {
+/// A pooling: the published values of the key.
+fn pooling_type(gguf: &Gguf, key: &str) -> Result<Option<Pooling>> {
+    Ok(match gguf.optional_u32(key)? {
         None => None,
         Some(0) => Some(Pooling::None),
         Some(1) => Some(Pooling::Mean),

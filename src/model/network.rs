@@ -1314,16 +1314,61 @@ impl<'n, 'b> Network<'n, 'b> {
         self.give_embeddings(x);
     }
 
+    /// The end of an encoder with ModernBERT's classification head: a matrix, GELU, a norm, a matrix. It reads the mean of all
+    /// tokens, or the first one.
+    pub fn normed_scores(mut self, x: TensorId) {
+        self.b.segment("output");
+        self.prefix.clear();
+        let x = self.norm_as("norm", "output_norm", x);
+        let x = match self.h.classifier_pooling {
+            None | Some(Pooling::Mean) => self.mean_of_tokens(x),
+            Some(Pooling::Cls) => x,
+            Some(other) => {
+                let key = format!("{}.classifier.pooling_type", self.h.architecture);
+                self.fail(format!("key `{key}`: expected 1 (mean) or 2 (CLS), got {other:?}"));
+                x
+            }
+        };
+        let x = self.b.gather(x);
+        let cols = self.cols(x);
+        let dense = self.linear("dense", "cls", x, cols);
+        let gelu = self.b.unary("gelu", dense, Unary::GeluErf);
+        let normed = self.norm_as("dense_norm", "cls.norm", gelu);
+        let scores = self.linear("scores", "cls.output", normed, self.h.label_count);
+        self.give(scores);
+    }
+
+    /// The mean of all tokens of a text, in each of its rows: attention whose scores are all zero.
+    fn mean_of_tokens(&mut self, x: TensorId) -> TensorId {
+        let heads = Hparams::at(&self.h.head_count, 0);
+        let length = self.cols(x) / heads.max(1);
+        let state = State::new("kv.mean", heads, length, length, self.h.kv_format).after(u32::MAX);
+        let state = self.b.state(state);
+        self.b.kv_write(x, x, state);
+        self.b.attend(x, state, heads, 0.0, None, None)
+    }
+
     fn give_embeddings(&mut self, x: TensorId) {
         let x = if self.h.pooling_type == Some(Pooling::Rank) { self.classification_head(x) } else { x };
+        self.give(x);
+    }
+
+    fn give(&mut self, x: TensorId) {
         self.b.name(x, "embeddings");
         self.b.output(x);
         self.b.outputs().hidden = Some(x);
     }
 
-    /// Scores of labels: one matrix or two, with a tanh between them, as RoBERTa has them (Liu et al. 2019).
+    /// Scores of labels: one matrix or two, with a tanh between them, as RoBERTa has them (Liu et al. 2019). It reads the first token,
+    /// or a decoder's last one.
     fn classification_head(&mut self, x: TensorId) -> TensorId {
         self.prefix.clear();
+        if let Some(pooling @ (Pooling::None | Pooling::Mean | Pooling::Rank)) = self.h.classifier_pooling {
+            let architecture = &self.h.architecture;
+            self.b.fail(format!(
+                "key `{architecture}.classifier.pooling_type`: expected 2 (CLS) or 3 (last), got {pooling:?}"
+            ));
+        }
         let labels = self.h.label_count;
         if !self.has("cls.weight") {
             return self.linear("scores", "cls.output", x, labels);

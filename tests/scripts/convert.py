@@ -214,6 +214,12 @@ ENCODERS = {
     "bert-rank-types": dict(architecture="BertForSequenceClassification", vocabulary="words", pooling="rank", type_vocab_size=2, **LABEL),
     "xlm-roberta-rank": dict(architecture="XLMRobertaForSequenceClassification", vocabulary="unigram", pooling="rank",
                              type_vocab_size=1, layer_norm_eps=1e-5, **LABEL),
+    "modernbert-rank": dict(architecture="ModernBertForSequenceClassification", vocabulary="modern", pooling="rank", num_hidden_layers=4,
+                            local_attention=8, global_attn_every_n_layers=3, classifier_pooling="mean", cls_token_id=0, sep_token_id=2,
+                            **LABEL),
+    "modernbert-rank-cls": dict(architecture="ModernBertForSequenceClassification", vocabulary="modern", pooling="rank",
+                                num_hidden_layers=1, local_attention=8, classifier_pooling="cls", cls_token_id=0, sep_token_id=2,
+                                classifier_bias=True, norm_bias=True, **LABEL),
     "qwen3-reranker": dict(architecture="Qwen3ForCausalLM", vocabulary="yes", pooling="rank", head_dim=8, num_key_value_heads=2,
                            tie_word_embeddings=True, max_position_embeddings=1024, pad_token_id=None),
     "qwen3-reranker-untied": dict(architecture="Qwen3ForCausalLM", vocabulary="yes", pooling="rank", head_dim=8,
@@ -637,9 +643,11 @@ def write_encoder(name, options):
             else:
                 if "<s>" in document and kind == "unigram":
                     document = document.replace("<s>", "")
-                pair = tokenizer.encode(query, document)
+                plain = Tokenizer.from_str(tokenizer.to_str())
+                plain.encode_special_tokens = kind == "modern"
+                pair = plain.encode(query, document)
                 ids = pair.ids
-                if model.config.type_vocab_size > 1:
+                if getattr(model.config, "type_vocab_size", 1) > 1:
                     types[len(texts)] = pair.type_ids
             texts.append([[query, document], ids])
     else:

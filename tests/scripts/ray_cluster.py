@@ -117,7 +117,9 @@ try:
         (work / "b.txt").write_text("".join(prompt + "\n" for prompt in prompts[16:]))
         command = [sys.executable, examples / "ray_data.py", work / "a.jsonl", work / "b.txt", "-o", work / "out.jsonl"]
         command += ["--servers", "2", "--cpus", "2", "--batch", "2", "--max-tokens", "16"]
-        subprocess.run(command, check=True, env=os.environ | {"RAY_ADDRESS": cluster.address}, timeout=200)
+        # Else the first server to start can take every prompt.
+        env = os.environ | {"RAY_ADDRESS": cluster.address, "RAY_DATA_DEFAULT_WAIT_FOR_MIN_ACTORS_S": "60"}
+        subprocess.run(command, check=True, env=env, timeout=200)
         rows = [json.loads(line) for line in (work / "out.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == prompts, rows
     assert [row["text"] for row in rows] == texts
