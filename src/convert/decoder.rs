@@ -30,6 +30,9 @@ const SPARSE_SHARE: f64 = 0.95;
 /// Steps of Mamba below this are as good as none.
 const LEAST_STEP: f64 = 1e-9;
 
+/// Experts of the model of Llama 4 that does not normalise queries and keys.
+const MAVERICKS_EXPERTS: u32 = 128;
+
 /// Maximum layers that draft tokens.
 const MAX_DRAFTING: u32 = 16;
 
@@ -37,8 +40,27 @@ const MAX_DRAFTING: u32 = 16;
 const MAX_EXTENT: u32 = 1 << 16;
 
 /// Models that also see or hear: `model_type` of the whole.
-const SEEING: &[&str] =
-    &["gemma3", "gemma3n", "gemma4", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl"];
+const SEEING: &[&str] = &[
+    "gemma3",
+    "gemma3n",
+    "gemma4",
+    "llama4",
+    "mistral3",
+    "qwen2_5_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+];
+
+/// Options by the names that GPT-2 has for them.
+const GPT_2_OPTIONS: &[(&str, &str)] = &[
+    ("hidden_size", "n_embd"),
+    ("intermediate_size", "n_inner"),
+    ("max_position_embeddings", "n_positions"),
+    ("num_attention_heads", "n_head"),
+    ("num_hidden_layers", "n_layer"),
+];
 
 /// Prefixes of the names of their language model.
 const OF_TEXT: &[&str] = &["model.language_model.", "language_model.model.", "language_model.", "model."];
@@ -50,6 +72,7 @@ const BESIDE_TEXT: &[&str] = &[
     "embed_vision.*",
     "mtp.*",
     "multi_modal_projector.*",
+    "vision_model.*",
     "vision_tower.*",
     "visual.*",
 ];
@@ -84,8 +107,10 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         config.wrong("model_type", &format!("one of {}", known.join(", ")), model_type)
     })?;
     let mut config = config.with(family.defaults);
-    if family.architecture == "gemma4" {
-        config = gemma_4_global(&config)?;
+    match family.architecture {
+        "gemma4" => config = gemma_4_global(&config)?,
+        "gpt2" => config = gpt_2_options(&config)?,
+        _ => {}
     }
     let config = &config;
     let scheme = if config.get("quantization_config").is_some() { config } else { outer };
@@ -109,9 +134,9 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         for (key, from, kind) in keys {
             let there = from.iter().find(|from| config.get(from).is_some());
             let Some(from) = there.or(from.first().filter(|_| required)) else { continue };
-            let no_experts =
-                key.starts_with("expert_") && config.optional_u32("num_local_experts")? == Some(0);
-            if no_experts || !own && family.without.contains(key) {
+            let no_experts = config.optional_u32("num_local_experts")? == Some(0)
+                || config.bool("enable_moe_block")? == Some(false);
+            if no_experts && key.starts_with("expert_") || !own && family.without.contains(key) {
                 continue;
             }
             kind.write(&format!("{architecture}.{key}"), config, from, w)?;
@@ -158,17 +183,21 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     if architecture == "gemma4" {
         gemma_4_layers(config, layers, w)?;
     }
-    if model_type == "smollm3" {
-        let layers = 1..=layers as usize;
-        let usual: Vec<Value> =
-            layers.map(|layer| u32::from(!layer.is_multiple_of(NOPE_PERIOD)).into()).collect();
-        if let Some(other) = config.get("no_rope_layers").filter(|list| list.as_array() != Some(&usual)) {
+    if matches!(architecture, "smollm3" | "llama4") {
+        // An empty list is as good as none.
+        let listed =
+            config.get("no_rope_layers").filter(|list| list.as_array().is_none_or(|l| !l.is_empty()));
+        let usual = by_period(layers, [1, 0]);
+        if let Some(other) = listed.filter(|list| list.as_array() != Some(&usual)) {
             return Err(config.wrong(
                 "no_rope_layers",
                 "0 for every fourth layer and 1 for the others",
                 other,
             ));
         }
+    }
+    if architecture == "llama4" {
+        llama_4_layers(config, layers)?;
     }
     let rope = Rope { config, architecture, head_dim, default_base: family.rope_base, default_local: None };
     let vectors = if family.has_rope { rope.write(w)? } else { Vec::new() };
@@ -232,6 +261,10 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         Some(true) => unused.push(output),
         Some(false) => required.push(output),
         None => {}
+    }
+    if config.bool("enable_moe_block")? == Some(true) {
+        // Without it, a layer would have no experts.
+        required.extend((0..layers).map(|layer| format!("layers.{layer}.router.proj.weight")));
     }
     // Layers behind the others draft tokens.
     let drafting = config.optional_u32("num_nextn_predict_layers")?.unwrap_or(0).min(MAX_DRAFTING);
@@ -303,10 +336,21 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     } else {
         Vec::new()
     };
+    let by_columns = match architecture {
+        // Versions of the library have them either way.
+        "qwen3vlmoe" => {
+            let (hidden, inner) = (config.u32("hidden_size")?, config.u32("moe_intermediate_size")?);
+            [("_gate_exps", hidden), ("_up_exps", hidden), ("_down_exps", inner)]
+                .map(|(end, columns)| (end, Some(columns as usize)))
+                .to_vec()
+        }
+        _ => family.by_columns.iter().map(|&end| (end, None)).collect(),
+    };
     let interleaved = vec![(".attn_q", heads as usize), (".attn_k", kv_heads as usize)];
     Ok(Plan {
         scheme,
         takes_turns: architecture == "gpt-oss",
+        by_columns,
         prefixes: if seeing { OF_TEXT } else { family.prefixes },
         names,
         unused,
@@ -447,6 +491,51 @@ fn gemma_4_global(config: &Json) -> Result<Json> {
     }
     let values: Vec<(&str, &str)> = values.iter().map(|(key, value)| (*key, &value[..])).collect();
     Ok(config.with(&values))
+}
+
+/// GPT-2's options by the names that other families have for them.
+fn gpt_2_options(config: &Json) -> Result<Json> {
+    let hidden = config.u32("n_embd")?.saturating_mul(4).to_string();
+    let mut options = Vec::new();
+    for (name, own) in GPT_2_OPTIONS {
+        match config.get(own) {
+            Some(value) => options.push((*name, value.to_string())),
+            None if *own == "n_inner" => options.push((*name, hidden.clone())),
+            None => {
+                config.u32(own)?;
+            }
+        }
+    }
+    let options: Vec<(&str, &str)> = options.iter().map(|(name, value)| (*name, &value[..])).collect();
+    Ok(config.with(&options))
+}
+
+/// Values for the layers of a model of which the last of each period differs from the others.
+fn by_period<T: Into<Value> + Copy>(layers: u32, [others, last]: [T; 2]) -> Vec<Value> {
+    let is_last = |layer: usize| layer.is_multiple_of(NOPE_PERIOD);
+    (1..=layers as usize).map(|layer| if is_last(layer) { last.into() } else { others.into() }).collect()
+}
+
+/// Checks what Llama 4's files do not say: which layers see chunks, have experts, and normalise queries and keys.
+fn llama_4_layers(config: &Json, layers: u32) -> Result<()> {
+    let usual = by_period(layers, ["chunked_attention", "full_attention"]);
+    if let Some(other) = config.get("layer_types").filter(|list| list.as_array() != Some(&usual)) {
+        let expected = "full_attention for every fourth layer and chunked_attention for the others";
+        return Err(config.wrong("layer_types", expected, other));
+    }
+    let step = config.u32("interleave_moe_layer_step")?.max(1);
+    let usual: Vec<Value> = (step - 1..layers).step_by(step as usize).map(Value::from).collect();
+    if let Some(other) = config.get("moe_layers").filter(|list| list.as_array() != Some(&usual)) {
+        return Err(config.wrong("moe_layers", "the last layer of each interleave_moe_layer_step", other));
+    }
+    let normalises = config.u32("num_local_experts")? != MAVERICKS_EXPERTS;
+    match config.bool("use_qk_norm")?.unwrap_or(true) {
+        other if other != normalises => {
+            let expected = format!("{normalises}, because runtimes tell by the number of experts");
+            Err(config.wrong("use_qk_norm", &expected, other))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Writes in what Gemma 4's layers differ: heads, hidden elements, inputs of their own.
@@ -687,7 +776,7 @@ fn value_heads(
 
 /// Writes the sections of rotated pairs that images use.
 fn sections(config: &Json, architecture: &str, w: &mut Writer) -> Result<()> {
-    if !matches!(architecture, "qwen2vl" | "qwen35" | "qwen35moe" | "qwen3vl") {
+    if !matches!(architecture, "qwen2vl" | "qwen35" | "qwen35moe" | "qwen3vl" | "qwen3vlmoe") {
         return Ok(());
     }
     for key in ["rope_parameters", "rope_scaling"] {
@@ -756,6 +845,10 @@ fn latent(config: &Json, w: &mut Writer) -> Result<[(&'static str, &'static str,
 
 /// Writes the sliding window and its layers.
 fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result<()> {
+    if family.architecture == "llama4" {
+        // Files do not have its chunks.
+        return Ok(());
+    }
     let uses = config.bool("use_sliding_window")? != Some(false);
     let Some(length) = config.optional_u32("sliding_window")?.filter(|_| uses) else {
         let types = config.get("layer_types").and_then(Value::as_array);

@@ -29,6 +29,8 @@ pub(super) struct Family {
     /// Whether rows are reordered: published weights rotate elements `(i, i + n / 2)` of a head, GGUF files
     /// adjacent ones.
     pub(super) interleaved: bool,
+    /// Ends of the names in GGUF files, without `.weight`, of plain matrices that the family multiplies with from the right.
+    pub(super) by_columns: &'static [&'static str],
     /// Added to the weights of norms.
     pub(super) norm_offset: f32,
     pub(super) window: Window,
@@ -116,6 +118,18 @@ pub(super) const GEMMA_4: Names = &[
     ("layers.{}.per_layer_projection", "blk.{}.proj"),
     ("layers.{}.post_per_layer_input_norm", "blk.{}.post_norm"),
     ("layers.{}.layer_scalar", "blk.{}.layer_output_scale.weight"),
+];
+
+/// Gemma 4's names of its mixtures of experts.
+const GEMMA_4_EXPERTS: Names = &[
+    ("layers.{}.router.scale", "blk.{}.ffn_gate_inp.scale"),
+    ("layers.{}.router.per_expert_scale", "blk.{}.ffn_down_exps.scale"),
+    ("layers.{}.router.proj", "blk.{}.ffn_gate_inp"),
+    ("layers.{}.experts.gate_up_proj", "blk.{}.ffn_gate_up_exps.weight"),
+    ("layers.{}.experts.down_proj", "blk.{}.ffn_down_exps.weight"),
+    ("layers.{}.post_feedforward_layernorm_1", "blk.{}.post_ffw_norm_1"),
+    ("layers.{}.pre_feedforward_layernorm_2", "blk.{}.pre_ffw_norm_2"),
+    ("layers.{}.post_feedforward_layernorm_2", "blk.{}.post_ffw_norm_2"),
 ];
 
 /// gpt-oss's names.
@@ -254,6 +268,9 @@ const GEMMA_3_DEFAULTS: Defaults = &[
     WINDOW,
 ];
 
+/// Matrices of experts.
+const EXPERTS_BY_COLUMNS: &[&str] = &["_exps"];
+
 /// Names of norms behind the blocks alone.
 const RESULT_NORMS: Names = &[
     ("layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm"),
@@ -268,6 +285,30 @@ const GPT_NEOX: Names = &[
     ("layers.{}.attention.dense", "blk.{}.attn_output"),
     ("layers.{}.mlp.dense_h_to_4h", "blk.{}.ffn_up"),
     ("layers.{}.mlp.dense_4h_to_h", "blk.{}.ffn_down"),
+];
+
+const GPT_2: Names = &[
+    ("wte", "token_embd"),
+    ("wpe", "position_embd"),
+    ("ln_f", "output_norm"),
+    ("h.{}.ln_1", "blk.{}.attn_norm"),
+    ("h.{}.attn.c_attn", "blk.{}.attn_qkv"),
+    ("h.{}.attn.c_proj", "blk.{}.attn_output"),
+    ("h.{}.ln_2", "blk.{}.ffn_norm"),
+    ("h.{}.mlp.c_fc", "blk.{}.ffn_up"),
+    ("h.{}.mlp.c_proj", "blk.{}.ffn_down"),
+];
+
+const LLAMA_4: Names = &[
+    ("layers.{}.feed_forward.gate_proj", "blk.{}.ffn_gate"),
+    ("layers.{}.feed_forward.up_proj", "blk.{}.ffn_up"),
+    ("layers.{}.feed_forward.down_proj", "blk.{}.ffn_down"),
+    ("layers.{}.feed_forward.router", "blk.{}.ffn_gate_inp"),
+    ("layers.{}.feed_forward.experts.gate_up_proj", "blk.{}.ffn_gate_up_exps.weight"),
+    ("layers.{}.feed_forward.experts.down_proj", "blk.{}.ffn_down_exps.weight"),
+    ("layers.{}.feed_forward.shared_expert.gate_proj", "blk.{}.ffn_gate_shexp"),
+    ("layers.{}.feed_forward.shared_expert.up_proj", "blk.{}.ffn_up_shexp"),
+    ("layers.{}.feed_forward.shared_expert.down_proj", "blk.{}.ffn_down_shexp"),
 ];
 
 const PHI_2: Names = &[
@@ -412,6 +453,7 @@ pub(super) const LLAMA: Family = Family {
     defaults: &[],
     only: &[("hidden_act", Only::Text("silu"))],
     interleaved: true,
+    by_columns: &[],
     norm_offset: 0.0,
     window: Window::All,
     has_rope: true,
@@ -701,7 +743,7 @@ pub(super) const FAMILIES: &[Family] = &[
         model_type: "gemma4_text",
         architecture: "gemma4",
         defaults: &[("hidden_size_per_layer_input", "256"), ("sliding_window", "512"), TIED],
-        names: &[GEMMA_4, POST_NORMS],
+        names: &[GEMMA_4, GEMMA_4_EXPERTS, POST_NORMS],
         without: &[
             "attention.head_count_kv",
             "attention.key_length",
@@ -714,12 +756,13 @@ pub(super) const FAMILIES: &[Family] = &[
             ("attention.key_length_swa", &["head_dim"], Kind::U32),
             ("attention.value_length_swa", &["head_dim"], Kind::U32),
             ("rope.dimension_count_swa", &["head_dim"], Kind::U32),
+            ("expert_used_count", &["top_k_experts"], Kind::U32),
+            ("expert_feed_forward_length", &["moe_intermediate_size", "expert_intermediate_size"], Kind::U32),
         ],
         only: &[
             ("hidden_activation", Only::Text("gelu_pytorch_tanh")),
             // Images are not read.
             ("use_bidirectional_attention", Only::Text("vision")),
-            ("enable_moe_block", Only::Bool(false)),
         ],
         norm_offset: 0.0,
         window: Window::Period(6),
@@ -760,6 +803,25 @@ pub(super) const FAMILIES: &[Family] = &[
         ..DEEPSEEK
     },
     Family {
+        model_type: "gpt2",
+        architecture: "gpt2",
+        defaults: &[TIED],
+        prefixes: &["transformer."],
+        names: &[GPT_2],
+        unused: &["*.attn.bias", "*.attn.masked_bias"],
+        keys: &[("attention.layer_norm_epsilon", &["layer_norm_epsilon"], Kind::F32)],
+        only: &[
+            ("activation_function", Only::Text("gelu_new")),
+            ("add_cross_attention", Only::Bool(false)),
+            ("scale_attn_by_inverse_layer_idx", Only::Bool(false)),
+            ("scale_attn_weights", Only::Bool(true)),
+        ],
+        interleaved: false,
+        by_columns: &[".attn_qkv", ".attn_output", ".ffn_up", ".ffn_down"],
+        has_rope: false,
+        ..LLAMA
+    },
+    Family {
         model_type: "gpt_neox",
         architecture: "gptneox",
         defaults: &[("rotary_pct", "0.25"), ("use_parallel_residual", "true")],
@@ -778,6 +840,7 @@ pub(super) const FAMILIES: &[Family] = &[
         architecture: "gpt-oss",
         defaults: &[("sliding_window", "128")],
         names: &[GPT_OSS],
+        by_columns: EXPERTS_BY_COLUMNS,
         keys: &[("expert_feed_forward_length", &["intermediate_size"], Kind::U32)],
         only: &[
             ("hidden_act", Only::Text("silu")),
@@ -890,6 +953,37 @@ pub(super) const FAMILIES: &[Family] = &[
         ..LLAMA
     },
     Family { rope_base: Some(1e4), ..LLAMA },
+    // Its published weights already rotate adjacent elements.
+    Family {
+        model_type: "llama4_text",
+        architecture: "llama4",
+        names: &[LLAMA_4],
+        keys: &[
+            ("feed_forward_length", &["intermediate_size_mlp"], Kind::U32),
+            ("expert_feed_forward_length", &["intermediate_size"], Kind::U32),
+            ("interleave_moe_layer_step", &["interleave_moe_layer_step"], Kind::U32),
+        ],
+        without: &["feed_forward_length"],
+        defaults: &[
+            ("interleave_moe_layer_step", "1"),
+            ("num_local_experts", "16"),
+            ("num_experts_per_tok", "1"),
+        ],
+        // What files do not say.
+        only: &[
+            SILU,
+            ("attention_bias", Only::Bool(false)),
+            ("attention_chunk_size", Only::Number(8192.0)),
+            ("attn_scale", Only::Number(0.1)),
+            ("attn_temperature_tuning", Only::Bool(true)),
+            ("floor_scale", Only::Number(8192.0)),
+            ("no_rope_layer_interval", Only::Number(NOPE_PERIOD as f64)),
+        ],
+        interleaved: false,
+        by_columns: EXPERTS_BY_COLUMNS,
+        rope_base: Some(5e5),
+        ..LLAMA
+    },
     Family {
         model_type: "mamba",
         architecture: "mamba",
@@ -987,6 +1081,14 @@ pub(super) const FAMILIES: &[Family] = &[
         norm_offset: 1.0,
         ..LLAMA
     },
+    Family {
+        model_type: "olmo",
+        architecture: "olmo",
+        defaults: &[("layer_norm_eps", "1e-5")],
+        keys: &[("attention.clamp_kqv", &["clip_qkv"], Kind::F32)],
+        rope_base: Some(1e4),
+        ..LLAMA
+    },
     Family { model_type: "olmo2", ..OLMO },
     Family { model_type: "olmo3", defaults: &[WINDOW], window: Window::Period(4), ..OLMO },
     Family {
@@ -1081,6 +1183,19 @@ pub(super) const FAMILIES: &[Family] = &[
         interleaved: false,
         ..LLAMA
     },
+    Family {
+        model_type: "qwen3_vl_moe_text",
+        architecture: "qwen3vlmoe",
+        defaults: &[NORMALIZES],
+        names: &[EXPERTS],
+        keys: &[
+            ("expert_feed_forward_length", &["moe_intermediate_size"], Kind::U32),
+            ("expert_weights_norm", &["norm_topk_prob"], Kind::Bool),
+        ],
+        only: &[SILU, ALL_LAYERS[0], ALL_LAYERS[1]],
+        interleaved: false,
+        ..LLAMA
+    },
     Family { model_type: "qwen3_vl_text", architecture: "qwen3vl", interleaved: false, ..LLAMA },
     Family {
         model_type: "seed_oss",
@@ -1135,5 +1250,5 @@ pub(super) const FAMILIES: &[Family] = &[
     },
 ];
 
-/// Period of SmolLM3's layers: the last layer of each period has no RoPE.
+/// Period of SmolLM3's and Llama 4's layers: the last layer of each period has no RoPE.
 pub(super) const NOPE_PERIOD: usize = 4;

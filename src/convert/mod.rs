@@ -75,6 +75,9 @@ struct Plan {
     interleaved: Vec<(&'static str, usize)>,
     /// Whether rows of the gate and of up take turns, in tensors that stand for both.
     takes_turns: bool,
+    /// Ends of names in GGUF files, without `.weight`, of plain matrices that are transposed; with a number of columns, only those
+    /// that have another one.
+    by_columns: Vec<(&'static str, Option<usize>)>,
     /// Names in GGUF files whose rows or columns follow value heads, and how they are reordered.
     by_value_head: Vec<(&'static str, Axis, ValueHeads)>,
     /// Names in GGUF files of vectors that are matrices there, with their columns.
@@ -397,14 +400,18 @@ impl Plan {
     ) -> Result<Target<'a>, String> {
         let (takes_turns, is_bias) = (self.takes_turns, name.ends_with(".bias"));
         let mut target = Target { half, takes_turns, is_bias, ..Target::default() };
+        let matrix = name.strip_suffix(".weight");
+        let by_columns = matrix.and_then(|name| self.by_columns.iter().find(|(end, _)| name.ends_with(end)));
+        let by_columns = by_columns.map(|(_, columns)| columns);
         let experts = parts.len() as u64;
         for (place, (expert, part)) in parts.into_iter().enumerate() {
             if expert.is_some_and(|expert| expert != place) {
                 return Err(format!("expert {place} is missing"));
             }
-            // gpt-oss multiplies with matrices of experts from the right. Those of MXFP4 are as elsewhere.
-            let by_columns = takes_turns && !is_bias && part.shape().len() == 3;
-            let part = if by_columns { part.transposed() } else { part };
+            let part = match by_columns {
+                Some(columns) if *columns != Some(part.columns()) => part.transposed()?,
+                _ => part,
+            };
             let dims = part.shape().iter().rev().map(|&dim| dim as u64).chain(expert.map(|_| experts));
             let mut dims: Vec<u64> = dims.collect();
             // A convolution of each channel by itself.

@@ -253,13 +253,24 @@ impl<'a> Part<'a> {
         Part { shape: view.shape().to_vec(), data: Data::Plain(view) }
     }
 
-    /// Plain matrices transposed; other weights are as they were.
-    pub(super) fn transposed(mut self) -> Part<'a> {
-        if let (Data::Plain(view), [.., rows, columns]) = (&self.data, &mut self.shape[..]) {
-            self.data = Data::ByColumns(view.clone());
-            std::mem::swap(rows, columns);
+    /// Plain matrices transposed. Folders have those of MXFP4 as files do.
+    ///
+    /// # Errors
+    /// Other quantised weights, whose rows would not be those of the matrix.
+    pub(super) fn transposed(mut self) -> Result<Part<'a>, String> {
+        match (&self.data, &mut self.shape[..]) {
+            (Data::Mxfp4 { .. }, _) => {}
+            (Data::Plain(view), [.., rows, columns]) => {
+                self.data = Data::ByColumns(view.clone());
+                std::mem::swap(rows, columns);
+            }
+            (_, shape) => {
+                return Err(format!(
+                    "expected plain matrices, which are transposed, got {shape:?} of another kind"
+                ));
+            }
         }
-        self
+        Ok(self)
     }
 
     /// Dimensions, outermost first.

@@ -443,6 +443,10 @@ impl<'n, 'b> Network<'n, 'b> {
     /// the one, results with the other.
     pub fn latent_attention(&mut self, x: TensorId, rope: Option<&Rotation>, scale: f32) -> TensorId {
         let h = self.h;
+        if let Some(limit) = h.attention_clamp_kqv {
+            let key = format!("{}.attention.clamp_kqv", h.architecture);
+            self.fail(format!("key `{key}`: latent attention has no clamps, got {limit}"));
+        }
         let rank = self.required("attention.kv_lora_rank", h.kv_lora_rank);
         let heads = Hparams::at(&h.head_count, self.layer);
         let (key, value) =

@@ -1,5 +1,4 @@
-//! OLMo (Groeneveld et al. 2024): Llama with layer norms that have no weights. Models that clamp queries, keys and values are not
-//! supported.
+//! OLMo (Groeneveld et al. 2024): Llama with layer norms that have no weights. Some models clamp queries, keys and values.
 
 use super::Hparams;
 use super::network::{Attention, Network};

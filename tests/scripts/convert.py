@@ -86,6 +86,13 @@ FAMILIES = {
                    intermediate_size=16, hidden_size_per_layer_input=4, final_logit_softcapping=3.0, tie_word_embeddings=True, **WINDOW,
                    rope_parameters=dict(full_attention=dict(rope_type="proportional", rope_theta=1e6, partial_rotary_factor=0.25),
                                         sliding_attention=dict(rope_type="default", rope_theta=10000.0))),
+    # Newer keys, mixtures beside feed-forward blocks, and no values of their own in layers without a window.
+    "gemma4-moe": dict(model_type="gemma4_text", vocabulary="gemma", head_dim=8, global_head_dim=16, num_hidden_layers=2,
+                       layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0, attention_k_eq_v=True,
+                       num_global_key_value_heads=1, intermediate_size=16, hidden_size_per_layer_input=0, enable_moe_block=True,
+                       num_experts=3, top_k_experts=2, moe_intermediate_size=20, tie_word_embeddings=True, **WINDOW,
+                       rope_parameters=dict(full_attention=dict(rope_type="proportional", rope_theta=1e6, partial_rotary_factor=0.25),
+                                            sliding_attention=dict(rope_type="default", rope_theta=10000.0))),
     "phi3": dict(model_type="phi3", vocabulary="gpt2", num_hidden_layers=1, original_max_position_embeddings=32,
                  tie_word_embeddings=True, rope_parameters=dict(
                      rope_type="longrope", rope_theta=10000.0, short_factor=[1.0, 1.1, 1.2], long_factor=[1.0, 2.0, 4.0])),
@@ -134,6 +141,7 @@ FAMILIES = {
     "glm4_moe": dict(MIXTURE, model_type="glm4_moe", vocabulary="llama3", head_dim=8, n_routed_experts=3, n_shared_experts=1,
                      use_qk_norm=True, attention_bias=True),
     "gpt_neox": dict(model_type="gpt_neox", vocabulary="gpt2", num_hidden_layers=1, num_key_value_heads=None, hidden_size=32),
+    "gpt2": dict(model_type="gpt2", vocabulary="gpt2", n_inner=40),
     "granitemoe": dict(GRANITE, model_type="granitemoe", vocabulary="starcoder", num_hidden_layers=1, num_local_experts=3,
                        num_experts_per_tok=2, intermediate_size=16, tie_word_embeddings=True),
     "granitemoeshared": dict(GRANITE, model_type="granitemoeshared", vocabulary="starcoder", num_hidden_layers=1, num_local_experts=3,
@@ -179,6 +187,14 @@ FAMILIES = {
     "qwen3_vl": dict(model_type="qwen3_vl_text", vocabulary="qwen2", num_hidden_layers=1, head_dim=8, tie_word_embeddings=True,
                      vision_config=dict(VISION, deepstack_visual_indexes=[]),
                      rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1], mrope_interleaved=True)),
+    "qwen3_vl_moe": dict(model_type="qwen3_vl_moe_text", vocabulary="qwen2", num_hidden_layers=2, head_dim=8, num_experts=3,
+                         num_experts_per_tok=2, moe_intermediate_size=16, tie_word_embeddings=True,
+                         vision_config=dict(VISION, deepstack_visual_indexes=[]),
+                         rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1], mrope_interleaved=True)),
+    "llama4": dict(model_type="llama4_text", vocabulary="llama3", num_hidden_layers=4, head_dim=8, intermediate_size=16,
+                   intermediate_size_mlp=20, num_local_experts=3, num_experts_per_tok=1, interleave_moe_layer_step=2,
+                   tie_word_embeddings=False, rope_parameters=LLAMA3,
+                   vision_config=dict(SIGLIP, vision_output_dim=8, projector_input_dim=8, projector_output_dim=8)),
     "cohere": dict(model_type="cohere", vocabulary="starcoder", num_hidden_layers=1, use_qk_norm=True, tie_word_embeddings=True),
     "exaone_moe": dict(MIXTURE, model_type="exaone_moe", vocabulary="gpt2", head_dim=8, num_experts=3, num_shared_experts=2,
                        layer_types=["sliding_attention", "full_attention"], **WINDOW),
@@ -188,6 +204,7 @@ FAMILIES = {
     "nemotron": dict(model_type="nemotron", vocabulary="gpt2", num_hidden_layers=1, hidden_size=32, tie_word_embeddings=True),
     "stablelm": dict(model_type="stablelm", vocabulary="gpt2", num_hidden_layers=1, hidden_size=32, use_qkv_bias=True,
                      tie_word_embeddings=True),
+    "olmo": dict(model_type="olmo", vocabulary="dbrx", num_hidden_layers=1, clip_qkv=0.8, tie_word_embeddings=True),
     "olmo2": dict(model_type="olmo2", vocabulary="dbrx", num_hidden_layers=1, tie_word_embeddings=True),
     "olmo3": dict(model_type="olmo3", vocabulary="dbrx", num_hidden_layers=4, intermediate_size=16, tie_word_embeddings=True, **WINDOW),
     "starcoder2": dict(model_type="starcoder2", vocabulary="starcoder", num_hidden_layers=1, **WINDOW),
@@ -523,13 +540,26 @@ def write(name, options):
         quantise(folder, name, model)
     if name == "qwen3_5_moe":
         join_experts(folder / "model.safetensors")
+    if name == "qwen3_vl_moe":
+        # As published, and in the second layer as the library writes them.
+        path = folder / "model.safetensors"
+        weights = safetensors.torch.load_file(path)
+        for key in [key for key in weights if ".layers.0.mlp.experts." in key]:
+            weights[key] = weights[key].transpose(1, 2).contiguous()
+        safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
     if model_type == "gemma3n_text":
         # Runtimes take the deviation of a sample. Published blocks have thousands of elements, where that is the same.
         def sparse(self, x):
             return torch.relu(x - x.mean(-1, keepdim=True) - x.std(-1, keepdim=True) * 1.6448536)
 
         transformers.models.gemma3n.modeling_gemma3n.Gemma3nTextMLP._gaussian_topk = sparse
-    if model_type == "gemma4_text":
+    if name == "gpt2":
+        # Published configurations lack what others call otherwise.
+        path = folder / "config.json"
+        text = json.loads(path.read_text())
+        text = {key: value for key, value in text.items() if key not in ("intermediate_size", "num_key_value_heads")}
+        path.write_text(json.dumps(text, indent=2) + "\n")
+    if name == "gemma4":
         # The keys of configurations before per_layer_config.
         path = folder / "config.json"
         text = json.loads(path.read_text())
@@ -560,7 +590,9 @@ def write(name, options):
     rng = random.Random(2)
     tokens = [rng.randrange(tokenizer.get_vocab_size()) for _ in range(TOKENS)]
     with torch.no_grad():
-        logits = model(torch.tensor([tokens])).logits[0, -POSITIONS:].float().numpy()
+        # The whole of Llama 4 cannot do without images in this version of the library.
+        of_text = model.language_model if name == "llama4" else model
+        logits = of_text(torch.tensor([tokens])).logits[0, -POSITIONS:].float().numpy()
     (folder / "expected.json").write_text(json.dumps({"texts": ids, "tokens": tokens}, ensure_ascii=False))
     logits.astype("<f4").tofile(folder / "logits.f32")
     size = sum(file.stat().st_size for file in folder.iterdir())
