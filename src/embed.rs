@@ -102,6 +102,14 @@ pub fn footprint(model: &Model, backend: &dyn Backend, options: &EmbedOptions) -
     Ok(Footprint::of(&program, backend, limits, |_| pages))
 }
 
+/// Cuts a text that has more tokens. The last one stays: it may end texts.
+pub fn shorten(text: &mut Vec<u32>, max_tokens: usize) {
+    if let Some(&last) = text.last().filter(|_| text.len() > max_tokens) {
+        text.truncate(max_tokens.saturating_sub(1));
+        text.push(last);
+    }
+}
+
 impl Embedder {
     /// Builds the program, loads the weights and reserves all memory.
     ///
@@ -219,9 +227,9 @@ impl Embedder {
         let max_text_tokens = self.max_text_tokens as usize;
         let mut fitting = texts.to_vec();
         for (i, text) in fitting.iter_mut().enumerate() {
-            let Some(&last) = text.last() else {
+            if text.is_empty() {
                 return Err(Error::argument("text", "at least one token", format!("none in text {i}")));
-            };
+            }
             if text.len() > max_text_tokens && !self.options.truncate {
                 let limit = if self.max_text_tokens == self.options.batch {
                     "the batch"
@@ -231,10 +239,7 @@ impl Embedder {
                 let expected = format!("at most {max_text_tokens} tokens, {limit} (or enable truncate)");
                 return Err(Error::argument("text", expected, format!("{} in text {i}", text.len())));
             }
-            if text.len() > max_text_tokens {
-                text.truncate(max_text_tokens - 1);
-                text.push(last);
-            }
+            shorten(text, max_text_tokens);
         }
         let mut vectors = Vec::new();
         let mut rest = &fitting[..];

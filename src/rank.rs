@@ -48,6 +48,41 @@ pub fn tokens(gguf: &Gguf, tokenizer: &Tokenizer, query: &str, document: &str) -
     Ok(tokenizer.encode(&text, EncodeOptions::default().add_special(false).parse_special(true)))
 }
 
+/// The same, with as much of the document as fits in so many tokens.
+///
+/// # Errors
+/// As [`tokens`]; [`Error::Argument`] for a query that leaves no room.
+pub fn fitting_tokens(
+    gguf: &Gguf,
+    tokenizer: &Tokenizer,
+    query: &str,
+    document: &str,
+    most: usize,
+) -> Result<Vec<u32>> {
+    let pair = |document| tokens(gguf, tokenizer, query, document);
+    let whole = pair(document)?;
+    if whole.len() <= most {
+        return Ok(whole);
+    }
+    let mut fits = pair("")?;
+    if fits.len() > most {
+        let expected = format!("at most {most} tokens with what stands around it");
+        return Err(Error::argument("query", expected, fits.len()));
+    }
+    // Bisection: the first `short` characters fit, the first `long` do not.
+    let ends: Vec<usize> = document.char_indices().map(|(at, _)| at).chain([document.len()]).collect();
+    let (mut short, mut long) = (0, ends.len() - 1);
+    while long - short > 1 {
+        let middle = short + (long - short) / 2;
+        let tokens = pair(&document[..ends[middle]])?;
+        match tokens.len() <= most {
+            true => (short, fits) = (middle, tokens),
+            false => long = middle,
+        }
+    }
+    Ok(fits)
+}
+
 /// The score of a pair of texts from those of its labels: that of the only one, or the first one's probability.
 pub fn score(labels: &[f32]) -> f32 {
     let Some(&first) = labels.first() else { return 0.0 };
@@ -84,35 +119,12 @@ impl Embedder {
                 self.pooling()
             )));
         }
-        let pairs = documents.iter().map(|document| self.fitting(tokenizer, query, document.as_ref()));
+        // Those that are too long are errors, unless documents are to be shortened.
+        let most = if self.truncates() { self.max_text_tokens() as usize } else { usize::MAX };
+        let gguf = self.model().gguf();
+        let pairs =
+            documents.iter().map(|document| fitting_tokens(gguf, tokenizer, query, document.as_ref(), most));
         let texts = pairs.collect::<Result<Vec<_>>>()?;
         Ok(self.embed_tokens(&texts)?.iter().map(|labels| score(labels)).collect())
-    }
-
-    /// The tokens of a pair: with as much of the document as fits, where it must be shortened.
-    fn fitting(&self, tokenizer: &Tokenizer, query: &str, document: &str) -> Result<Vec<u32>> {
-        let pair = |document| tokens(self.model().gguf(), tokenizer, query, document);
-        let most = self.max_text_tokens() as usize;
-        let whole = pair(document)?;
-        if whole.len() <= most || !self.truncates() {
-            return Ok(whole);
-        }
-        let mut fits = pair("")?;
-        if fits.len() > most {
-            let expected = format!("at most {most} tokens with what stands around it");
-            return Err(Error::argument("query", expected, fits.len()));
-        }
-        // Bisection: the first `short` characters fit, the first `long` do not.
-        let ends: Vec<usize> = document.char_indices().map(|(at, _)| at).chain([document.len()]).collect();
-        let (mut short, mut long) = (0, ends.len() - 1);
-        while long - short > 1 {
-            let middle = short + (long - short) / 2;
-            let tokens = pair(&document[..ends[middle]])?;
-            match tokens.len() <= most {
-                true => (short, fits) = (middle, tokens),
-                false => long = middle,
-            }
-        }
-        Ok(fits)
     }
 }

@@ -38,6 +38,10 @@ async fn vectors_are_those_of_the_library() {
     let (_, one) =
         post(&service, "/v1/embeddings", json!({ "input": texts[0], "dimensions": got[0].len() })).await;
     assert_eq!(vectors(&one), got[..1]);
+    let long = json!({ "model": "bert", "input": "cat ".repeat(90), "truncate": true });
+    let (status, answer) = post(&service, "/v1/embeddings", long).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+    assert_eq!(answer["usage"]["prompt_tokens"], 80);
     let mut short = json!({ "model": "bert", "input": tokens[0], "encoding_format": "base64" });
     let (_, base64) = post(&service, "/v1/embeddings", short.clone()).await;
     assert_eq!(base64["data"][0]["embedding"].as_str().unwrap().len(), (got[0].len() * 4).div_ceil(3) * 4);
@@ -91,8 +95,24 @@ async fn documents_are_ranked_as_by_the_library() {
     let (_, answer) = post(&service, "/v1/rerank", body).await;
     assert_eq!(answer["results"].as_array().unwrap().len(), 1);
     assert_eq!(answer["results"][0]["document"]["text"], documents[indices[0]]);
+    // Documents give way, the query stays.
+    let long = "the ".repeat(400);
+    let want = {
+        let options = EmbedOptions::default().truncate(true);
+        let mut embedder = Embedder::new(&model, &bert::cpu(), &options).unwrap();
+        embedder.rank(&tokenizer, query, &[&long]).unwrap()[0]
+    };
+    let body = json!({ "model": "ranker", "query": query, "documents": [long], "truncate": true });
+    let (status, answer) = post(&service, "/v1/rerank", body).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+    assert_eq!(answer["results"][0]["relevance_score"].as_f64().unwrap() as f32, want);
     let wrong = [
         ("/v1/rerank", json!({ "model": "bert", "query": "a", "documents": ["b"] }), "no reranker"),
+        (
+            "/v1/rerank",
+            json!({ "model": "ranker", "query": "the ".repeat(400), "documents": ["b"], "truncate": true }),
+            "query: expected at most",
+        ),
         ("/v1/rerank", json!({ "model": "ranker", "query": "a", "documents": [] }), "1 to 2048"),
         (
             "/v1/rerank",

@@ -6,6 +6,7 @@ use axum::extract::State;
 use axum::response::Response;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
+use halite::embed::shorten;
 use halite::tokenizer::EncodeOptions;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -28,6 +29,8 @@ pub(super) struct Embeddings {
     input: Prompt,
     encoding_format: Option<Encoding>,
     dimensions: Option<usize>,
+    #[serde(default)]
+    truncate: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Deserialize)]
@@ -59,10 +62,14 @@ pub(super) async fn embeddings(
     let policy = app.shared.policy.clone();
     let (tokenizer, max) = (encoder.tokenizer().clone(), encoder.max_text_tokens() as usize);
     let texts = apart(move || {
-        let texts = body.input.filtered("input", &policy)?.tokens(&tokenizer, EncodeOptions::default())?;
+        let mut texts =
+            body.input.filtered("input", &policy)?.tokens(&tokenizer, EncodeOptions::default())?;
         if texts.is_empty() || texts.len() > MAX_TEXTS {
             let message = format!("expected 1 to {MAX_TEXTS} texts, got {}", texts.len());
             return Err(Failure::field("input", message));
+        }
+        if body.truncate {
+            texts.iter_mut().for_each(|text| shorten(text, max));
         }
         check_lengths("input", &texts, max)?;
         Ok(texts)

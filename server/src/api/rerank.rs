@@ -20,6 +20,8 @@ pub(super) struct Rerank {
     documents: Vec<Document>,
     top_n: Option<usize>,
     #[serde(default)]
+    truncate: bool,
+    #[serde(default)]
     return_documents: bool,
 }
 
@@ -51,12 +53,15 @@ pub(super) async fn rerank(State(app): State<App>, who: Who, Body(body): Body<Re
     let (documents, texts) = apart(move || {
         let query = policy.input(&body.query)?;
         let (mut documents, mut texts) = (Vec::new(), Vec::new());
+        let max = worker.max_text_tokens() as usize;
+        let most = if body.truncate { max } else { usize::MAX };
         for Document::Text(document) | Document::Object { text: document } in body.documents {
             let document = policy.input(&document)?;
-            texts.push(rank::tokens(worker.model().gguf(), worker.tokenizer(), &query, &document)?);
+            let gguf = worker.model().gguf();
+            texts.push(rank::fitting_tokens(gguf, worker.tokenizer(), &query, &document, most)?);
             documents.push(document);
         }
-        check_lengths("documents", &texts, worker.max_text_tokens() as usize)?;
+        check_lengths("documents", &texts, max)?;
         Ok((documents, texts))
     })
     .await?;
