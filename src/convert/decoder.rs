@@ -135,7 +135,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
             let there = from.iter().find(|from| config.get(from).is_some());
             let Some(from) = there.or(from.first().filter(|_| required)) else { continue };
             let no_experts = config.optional_u32("num_local_experts")? == Some(0)
-                || config.bool("enable_moe_block")? == Some(false);
+                || architecture == "gemma4" && config.bool("enable_moe_block")? != Some(true);
             if no_experts && key.starts_with("expert_") || !own && family.without.contains(key) {
                 continue;
             }
@@ -262,7 +262,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         Some(false) => required.push(output),
         None => {}
     }
-    if config.bool("enable_moe_block")? == Some(true) {
+    if architecture == "gemma4" && config.bool("enable_moe_block")? == Some(true) {
         // Without it, a layer would have no experts.
         required.extend((0..layers).map(|layer| format!("layers.{layer}.router.proj.weight")));
     }
