@@ -17,6 +17,7 @@ use super::vocabulary::Task;
 use super::{Axis, Factors, Plan, Rows, Shape, ValueHeads, encoder, vocabulary};
 use crate::error::Result;
 use crate::gguf::write::Writer;
+use crate::model::llama4::EXPERTS_OF_MAVERICK;
 use crate::rank;
 
 /// Where a folder says in words what it is.
@@ -29,9 +30,6 @@ const SPARSE_SHARE: f64 = 0.95;
 
 /// Steps of Mamba below this are as good as none.
 const LEAST_STEP: f64 = 1e-9;
-
-/// Experts of the model of Llama 4 that does not normalise queries and keys.
-const MAVERICKS_EXPERTS: u32 = 128;
 
 /// Maximum layers that draft tokens.
 const MAX_DRAFTING: u32 = 16;
@@ -187,7 +185,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         // An empty list is as good as none.
         let listed =
             config.get("no_rope_layers").filter(|list| list.as_array().is_none_or(|l| !l.is_empty()));
-        let usual = by_period(layers, [1, 0]);
+        let usual = layer_values(layers, [1, 0]);
         if let Some(other) = listed.filter(|list| list.as_array() != Some(&usual)) {
             return Err(config.wrong(
                 "no_rope_layers",
@@ -511,14 +509,14 @@ fn gpt_2_options(config: &Json) -> Result<Json> {
 }
 
 /// Values for the layers of a model of which the last of each period differs from the others.
-fn by_period<T: Into<Value> + Copy>(layers: u32, [others, last]: [T; 2]) -> Vec<Value> {
+fn layer_values<T: Into<Value> + Copy>(layers: u32, [others, last]: [T; 2]) -> Vec<Value> {
     let is_last = |layer: usize| layer.is_multiple_of(NOPE_PERIOD);
     (1..=layers as usize).map(|layer| if is_last(layer) { last.into() } else { others.into() }).collect()
 }
 
 /// Checks what Llama 4's files do not say: which layers see chunks, have experts, and normalise queries and keys.
 fn llama_4_layers(config: &Json, layers: u32) -> Result<()> {
-    let usual = by_period(layers, ["chunked_attention", "full_attention"]);
+    let usual = layer_values(layers, ["chunked_attention", "full_attention"]);
     if let Some(other) = config.get("layer_types").filter(|list| list.as_array() != Some(&usual)) {
         let expected = "full_attention for every fourth layer and chunked_attention for the others";
         return Err(config.wrong("layer_types", expected, other));
@@ -528,7 +526,7 @@ fn llama_4_layers(config: &Json, layers: u32) -> Result<()> {
     if let Some(other) = config.get("moe_layers").filter(|list| list.as_array() != Some(&usual)) {
         return Err(config.wrong("moe_layers", "the last layer of each interleave_moe_layer_step", other));
     }
-    let normalises = config.u32("num_local_experts")? != MAVERICKS_EXPERTS;
+    let normalises = config.u32("num_local_experts")? != EXPERTS_OF_MAVERICK;
     match config.bool("use_qk_norm")?.unwrap_or(true) {
         other if other != normalises => {
             let expected = format!("{normalises}, because runtimes tell by the number of experts");

@@ -1,6 +1,7 @@
 //! The decoders: each family's names of weights and options, in folders and in GGUF files.
 
 use super::options::{Key, Kind, Only};
+use crate::model::llama4::CHUNK;
 
 pub(super) type Names = &'static [(&'static str, &'static str)];
 
@@ -973,10 +974,10 @@ pub(super) const FAMILIES: &[Family] = &[
         only: &[
             SILU,
             ("attention_bias", Only::Bool(false)),
-            ("attention_chunk_size", Only::Number(8192.0)),
+            ("attention_chunk_size", Only::Number(CHUNK as f64)),
             ("attn_scale", Only::Number(0.1)),
             ("attn_temperature_tuning", Only::Bool(true)),
-            ("floor_scale", Only::Number(8192.0)),
+            ("floor_scale", Only::Number(CHUNK as f64)),
             ("no_rope_layer_interval", Only::Number(NOPE_PERIOD as f64)),
         ],
         interleaved: false,

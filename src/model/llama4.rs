@@ -6,11 +6,11 @@ use super::network::{Attention, Network, QkNorm};
 use crate::program::{Builder, Gate, Gating, NormKind, RopePairs};
 
 /// Positions of a chunk, and of a step of the growth of scores. Files do not have them.
-const CHUNK: u32 = 8192;
+pub(crate) const CHUNK: u32 = 8192;
 /// How fast scores grow. Files do not have this either.
 const GROWTH: f32 = 0.1;
 /// Experts of the model that does not normalise queries and keys.
-const EXPERTS_OF_MAVERICK: u32 = 128;
+pub(crate) const EXPERTS_OF_MAVERICK: u32 = 128;
 
 pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
     // Files leave out how large the expert for all tokens is.

@@ -26,7 +26,7 @@ mod hunyuan;
 mod kimi_linear;
 mod lfm2;
 mod llama;
-mod llama4;
+pub(crate) mod llama4;
 mod mamba;
 mod mpt;
 mod nemotron;
