@@ -43,15 +43,19 @@ def post(body):
         return "".join(json.loads(event)["choices"][0]["text"] for event in events), node
 
 
+def parent(process):
+    return pathlib.Path("/proc", process, "stat").read_text().rsplit(")", 1)[1].split()[1]
+
+
 def servers():
-    """The processes of servers that replicas have started."""
-    found = []
+    """The processes of servers that workers of Ray have started, each with the process of its node."""
+    found = {}
     for process in pathlib.Path("/proc").glob("[0-9]*"):
         try:
             command = (process / "cmdline").read_text().split("\0")
-            parent = (process / "stat").read_text().rsplit(")", 1)[1].split()[1]
-            if command[0] == os.environ["HALITE"] and pathlib.Path("/proc", parent, "cmdline").read_text().startswith("ray::"):
-                found.append(int(process.name))
+            worker = parent(process.name)
+            if command[0] == os.environ["HALITE"] and pathlib.Path("/proc", worker, "cmdline").read_text().startswith("ray::"):
+                found[int(process.name)] = parent(worker)
         except OSError:
             # It has ended meanwhile.
             pass
@@ -104,8 +108,9 @@ try:
     # Another replica takes the place of one whose server has ended.
     before = servers()
     assert len(before) == 2
-    os.kill(before[0], signal.SIGKILL)
-    until(lambda: len(servers()) == 2 and before[0] not in servers())
+    ended = next(iter(before))
+    os.kill(ended, signal.SIGKILL)
+    until(lambda: len(servers()) == 2 and ended not in servers())
     until(lambda: len({node for _, node in pool.map(ask, prompts)}) == 2)
     serve.shutdown()
     until(lambda: not servers())
@@ -117,13 +122,15 @@ try:
         (work / "b.txt").write_text("".join(prompt + "\n" for prompt in prompts[16:]))
         command = [sys.executable, examples / "ray_data.py", work / "a.jsonl", work / "b.txt", "-o", work / "out.jsonl"]
         command += ["--servers", "2", "--cpus", "2", "--batch", "2", "--max-tokens", "16"]
-        # Else the first server to start can take every prompt.
+        # Both servers start before the first prompt, on one node each. One can still take every prompt: these are short.
         env = os.environ | {"RAY_ADDRESS": cluster.address, "RAY_DATA_DEFAULT_WAIT_FOR_MIN_ACTORS_S": "60"}
-        subprocess.run(command, check=True, env=env, timeout=200)
+        data = subprocess.Popen(command, env=env)
+        until(lambda: len(set(servers().values())) == 2)
+        assert data.wait(timeout=200) == 0
         rows = [json.loads(line) for line in (work / "out.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == prompts, rows
     assert [row["text"] for row in rows] == texts
-    assert len({row["node"] for row in rows}) == 2
+    assert {row["node"] for row in rows} <= {node["NodeID"] for node in ray.nodes()}
     print("Ray Data", ray.__version__, "ok: two nodes, in order")
 finally:
     ray.shutdown()
