@@ -18,6 +18,8 @@ os.environ["PYTHONPATH"] = str(examples)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Else requests go to the node that takes them as long as it has room.
 os.environ["RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING"] = "0"
+# A busy machine takes longer to start a proxy than Ray waits, which is five seconds.
+os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
 port = 8310
 address = f"http://127.0.0.1:{port}"
 
