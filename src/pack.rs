@@ -22,8 +22,9 @@ const OWN: &[&str] = &["general.alignment", "split.no", "split.count", "split.te
 /// Writes `gguf`, split or not, as one packed file. Calls `progress` with the bytes of each written tensor.
 ///
 /// # Errors
-/// [`Error::FileChanged`] if the file shrank; errors of `out`, as [`Error::Io`] without a path.
+/// [`Error::Model`] for a file that is not a model; [`Error::FileChanged`] if the file shrank; errors of `out`, as [`Error::Io`] without a path.
 pub fn pack(gguf: &Gguf, out: &mut dyn Write, progress: &mut dyn FnMut(u64)) -> Result<()> {
+    gguf.architecture()?;
     let mut writer = Writer::new(ALIGNMENT)?;
     for (key, value) in gguf.encoded_metadata() {
         if !OWN.contains(&key) {

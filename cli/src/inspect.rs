@@ -98,7 +98,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         Err(error) => Err(error.to_string()),
     };
     let chats = gguf.optional_str("tokenizer.chat_template")?.is_some();
-    let mut made_for = if chats { CHATS } else { TEXTS };
+    let mut made_for = None;
     let options = SessionOptions::default()
         .context(args.ctx)
         .memory(args.memory.map(|mib| mib.saturating_mul(1 << 20)))
@@ -110,10 +110,13 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         Ok(model) => {
             warn(model.warnings());
             positions = options.positions(&model);
-            if model.program(options.program, positions).is_ok_and(|p| p.outputs.logits.is_none()) {
-                let ranks = model.hparams().pooling_type == Some(Pooling::Rank);
-                made_for = if ranks { SCORES } else { EMBEDDINGS };
-            }
+            let vectors = model.program(options.program, positions).is_ok_and(|p| p.outputs.logits.is_none());
+            made_for = Some(match model.hparams().pooling_type {
+                Some(Pooling::Rank) if vectors => SCORES,
+                _ if vectors => EMBEDDINGS,
+                _ if chats => CHATS,
+                _ => TEXTS,
+            });
             for backend in backends()? {
                 let result = footprint(&model, &*backend, &options).map_err(|e| e.to_string());
                 estimates.push(Estimate { backend: backend.caps().name.clone(), result });
@@ -131,7 +134,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
                 "name": name, "format": format, "dims": dims, "bytes": size,
             })).collect::<Vec<_>>(),
             "tokenizer": tokenizer.as_ref().map_or_else(|e| e.clone(), Clone::clone),
-            "made_for": made_for.0,
+            "made_for": made_for.map(|(purpose, _)| purpose),
             "context": positions,
             "not_finite": args.verify.then_some(&not_finite),
             "backends": estimates.iter().map(|e| match &e.result {
@@ -171,7 +174,9 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         }
     }
     text += &format!("\ntokenizer: {}\n", tokenizer.unwrap_or_else(|e| e));
-    text += &format!("use: {} (`halite {}`)\n", made_for.0, made_for.1);
+    if let Some((purpose, command)) = made_for {
+        text += &format!("use: {purpose} (`halite {command}`)\n");
+    }
     text += &format!("\nwith a context of {positions}\n");
     for e in &estimates {
         match &e.result {

@@ -21,8 +21,7 @@ pub struct QuantizeArgs {
     file: PathBuf,
     /// File to write; it must not exist yet.
     out: PathBuf,
-    /// Mix of formats, such as q4_k_m.
-    #[arg(long, value_name = "MIX", value_parser = mix)]
+    #[arg(long, value_name = "MIX", value_parser = mix, help = format!("Mix of formats: {}", mixes()))]
     format: &'static Mix,
     /// Format of the matrices whose names match a regular expression; may be repeated, and the first match counts.
     #[arg(long, value_name = "PATTERN=FORMAT", value_parser = pattern)]
@@ -44,11 +43,12 @@ pub struct QuantizeArgs {
     json: bool,
 }
 
+fn mixes() -> String {
+    MIXES.iter().map(|mix| mix.name).collect::<Vec<_>>().join(", ")
+}
+
 fn mix(name: &str) -> Result<&'static Mix, String> {
-    quantize::mix_named(name).ok_or_else(|| {
-        let names: Vec<_> = MIXES.iter().map(|mix| mix.name).collect();
-        format!("expected one of {}", names.join(", "))
-    })
+    quantize::mix_named(name).ok_or_else(|| format!("expected one of {}", mixes()))
 }
 
 fn pattern(text: &str) -> Result<(String, Format), String> {

@@ -1,5 +1,6 @@
 //! `halite rerank`.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -22,7 +23,7 @@ pub struct RerankArgs {
     file: Option<PathBuf>,
     /// Print only the best [default: all].
     #[arg(long, value_name = "N")]
-    top: Option<usize>,
+    top: Option<NonZeroUsize>,
     /// Print the scores as JSON.
     #[arg(long)]
     json: bool,
@@ -36,7 +37,7 @@ pub fn rerank(args: &RerankArgs) -> Result<(), Failure> {
     let (mut embedder, tokenizer) = args.encoder.open(EmbedOptions::default())?;
     let scores = embedder.rank(&tokenizer, &args.query, &documents)?;
     let mut best = rank::best(&scores);
-    best.truncate(args.top.unwrap_or(usize::MAX));
+    best.truncate(args.top.map_or(usize::MAX, NonZeroUsize::get));
     if args.json {
         let result = |&i: &usize| serde_json::json!({ "index": i, "document": documents[i], "score": shortest(&scores[i]) });
         let report = serde_json::json!({

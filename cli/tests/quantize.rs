@@ -31,6 +31,19 @@ fn a_model_becomes_smaller() {
     let report = text(folder, "imatrix a.gguf text -o i.gguf --window 64 --limit 200");
     assert!(report.starts_with("35 matrices, 3 pieces of 64 tokens"), "{report}");
 
+    let what = "expected a model, got a matrix of importance, with which a model is quantised (general.type `imatrix`)";
+    let inspected = text(folder, "inspect i.gguf");
+    assert!(inspected.contains(what) && !inspected.contains("use:"), "{inspected}");
+    for command in [
+        "run -m i.gguf",
+        "perplexity -m i.gguf -f text",
+        "pack i.gguf p.gguf",
+        "quantize i.gguf q.gguf --format q8_0",
+    ] {
+        let error = failure(folder, command);
+        assert!(error.contains(what), "{command}: {error}");
+    }
+
     let table = text(folder, "quantize a.gguf b.gguf --format Q4_K_M --imatrix i.gguf --threads 1");
     assert!(table.starts_with("tensor"), "{table}");
     let row = table.lines().find(|line| line.starts_with("blk.0.ffn_up.weight")).unwrap();

@@ -407,8 +407,11 @@ pub(super) fn has_classification_head(config: &Json) -> bool {
 pub(super) fn activation(config: &Json) -> Option<String> {
     let newer = config.value.pointer("/sentence_transformers/activation_fn").and_then(Value::as_str);
     let older = || config.get("sbert_ce_default_activation_function").and_then(Value::as_str);
-    let name = newer.or_else(older).filter(|name| name.rsplit('.').next() != Some("Identity"))?;
-    let name: String = name.chars().filter(|c| !c.is_control()).take(64).collect();
+    let name = match newer.or_else(older) {
+        Some(name) if name.rsplit('.').next() == Some("Identity") => return None,
+        Some(name) => name.chars().filter(|c| !c.is_control()).take(64).collect(),
+        None => "Sigmoid, which sentence-transformers takes where none is stated,".to_owned(),
+    };
     Some(format!("config.json: the activation {name} is left out: scores are those of the head"))
 }
 

@@ -29,6 +29,13 @@ const FIRST_HEADER_BYTES: u64 = 1 << 20;
 /// Maximum files of a split model.
 pub const MAX_SPLITS: u64 = 1024;
 
+/// What files are that are not models, by their `general.type`.
+const NOT_MODELS: &[(&str, &str)] = &[
+    ("adapter", "an adapter, which is applied to a model"),
+    ("imatrix", "a matrix of importance, with which a model is quantised"),
+    ("mmproj", "the part of a model that reads images or sound, which is not supported"),
+];
+
 /// An opened model file (or a set of split files).
 #[derive(Debug)]
 pub struct Gguf {
@@ -397,6 +404,22 @@ impl Gguf {
     /// [`GgufError::MissingKey`], [`GgufError::ValueType`] or [`GgufError::Invalid`].
     pub fn str(&self, key: &str) -> Result<&str> {
         self.optional_str(key)?.ok_or_else(|| self.missing(key))
+    }
+
+    /// The architecture of a model.
+    ///
+    /// # Errors
+    /// As [`Gguf::str`], and [`Error::Model`] for a file that says that it is something else.
+    pub fn architecture(&self) -> Result<&str> {
+        let kind = self.optional_str("general.type")?.unwrap_or("model");
+        let what = NOT_MODELS.iter().find(|(name, _)| *name == kind).map(|(_, what)| *what);
+        if let Some(what) = what {
+            let file = self.path().display();
+            return Err(Error::Model(format!(
+                "{file}: expected a model, got {what} (general.type `{kind}`)"
+            )));
+        }
+        self.str("general.architecture")
     }
 
     /// The strings of an array, as bytes (token texts need not be UTF-8); `None` if absent.

@@ -216,7 +216,7 @@ impl Hparams {
     /// # Errors
     /// [`Error::Gguf`] for missing or mistyped keys, [`Error::Model`] for values out of range.
     pub fn read(gguf: &Gguf) -> Result<Hparams> {
-        let architecture = gguf.str("general.architecture")?.to_owned();
+        let architecture = gguf.architecture()?.to_owned();
         let key = |name: &str| format!("{architecture}.{name}");
         let ranged = |name: &str, value: u32, max: u32| {
             if (1..=max).contains(&value) {

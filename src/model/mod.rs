@@ -227,7 +227,7 @@ impl Model {
     /// # Errors
     /// [`Error::Architecture`] or [`Error::Model`].
     pub fn from_gguf(gguf: Gguf) -> Result<Model> {
-        let architecture = gguf.str("general.architecture")?;
+        let architecture = gguf.architecture()?;
         let record = FAMILIES.iter().find(|(name, _)| *name == architecture).map(|(_, record)| *record);
         let record = record.ok_or_else(|| Error::Architecture {
             name: printable(architecture.as_bytes()),

@@ -280,7 +280,7 @@ const MAX_LAYERS: usize = 1 << 16;
 
 impl Shape {
     pub(super) fn of(gguf: &Gguf) -> Result<Shape> {
-        let architecture = gguf.str("general.architecture")?;
+        let architecture = gguf.architecture()?;
         let key = |name: &str| format!("{architecture}.{name}");
         let layers = gguf.optional_u32(&key("block_count"))?.unwrap_or(0) as usize;
         if layers > MAX_LAYERS {

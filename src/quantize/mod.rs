@@ -129,12 +129,6 @@ pub fn quantize(
     out: &mut dyn Write,
     progress: &mut dyn FnMut(&Written),
 ) -> Result<Vec<Written>> {
-    let kind = gguf.optional_str("general.type")?.unwrap_or("model");
-    if kind != "model" {
-        let file = gguf.path().display();
-        let why = if kind == "adapter" { ": quantise the model, which adapters are applied to" } else { "" };
-        return Err(Error::Model(format!("{file}: expected a model, got general.type `{kind}`{why}")));
-    }
     let mut writer = Writer::new(ALIGNMENT)?;
     for (key, value) in gguf.encoded_metadata() {
         if !OWN.contains(&key) {
