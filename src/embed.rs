@@ -236,7 +236,7 @@ impl Embedder {
                 } else {
                     "the model's limit"
                 };
-                let expected = format!("at most {max_text_tokens} tokens, {limit} (or enable truncate)");
+                let expected = format!("at most {max_text_tokens} tokens, {limit} (or set `truncate`)");
                 return Err(Error::argument("text", expected, format!("{} in text {i}", text.len())));
             }
             shorten(text, max_text_tokens);

@@ -13,6 +13,8 @@ use crate::program::{Dim, Epilogue, FilePart, Op, Part, Program, Slot, Tensor, T
 /// An adapter. Its tensors are added to the model's, with a prefix.
 #[derive(Debug, Clone)]
 pub(crate) struct Adapter {
+    /// Its file, for errors.
+    file: String,
     /// Prefix of its tensors' names.
     pub prefix: String,
     /// User scale, before alpha / rank.
@@ -24,25 +26,39 @@ pub(crate) struct Adapter {
 impl Adapter {
     /// Checks an adapter's metadata. `prefix` is the prefix of its tensors' names.
     pub fn read(gguf: &Gguf, architecture: &str, prefix: String, scale: f32) -> Result<Adapter> {
+        let file = gguf.path().display().to_string();
+        let wrong = |why: String| Err(Error::Model(format!("adapter {file}: {why}")));
         for (key, expected) in
             [("general.type", "adapter"), ("adapter.type", "lora"), ("general.architecture", architecture)]
         {
             let got = gguf.str(key)?;
             if got != expected {
                 let got = printable(got.as_bytes());
-                return Err(Error::Model(format!("adapter: key `{key}`: expected {expected}, got {got}")));
+                return wrong(format!("key `{key}`: expected {expected}, got {got}"));
             }
         }
         if let Some((key, _)) = gguf.metadata().iter().find(|(key, _)| key.starts_with("adapter.alora.")) {
-            return Err(Error::Model(format!("adapter: key `{key}`: activated adapters are not supported")));
+            return wrong(format!("key `{key}`: activated adapters are not supported"));
         }
         if gguf.tensors().next().is_none() {
-            return Err(Error::Model("adapter: expected tensors, got none".into()));
+            return wrong("expected tensors, got none".into());
         }
         if !scale.is_finite() {
             return Err(Error::argument("adapter scale", "a finite number", scale));
         }
-        Ok(Adapter { prefix, scale, alpha: gguf.f32("adapter.lora.alpha")? })
+        Ok(Adapter { file, prefix, scale, alpha: gguf.f32("adapter.lora.alpha")? })
+    }
+
+    fn wrong(&self, tensor: &str, why: impl std::fmt::Display) -> Error {
+        Error::Model(format!("adapter {}: tensor `{tensor}`{why}", self.file))
+    }
+
+    /// Says that the model has no use for one of its tensors.
+    pub fn unused(&self, tensor: &str) -> Error {
+        self.wrong(
+            tensor.strip_prefix(&self.prefix).unwrap_or(tensor),
+            " adapts no matrix of the model, or has no other half",
+        )
     }
 
     /// Adds the adapter to every product with a matrix that it adapts. `gguf` has the tensors.
@@ -74,10 +90,11 @@ impl Adapter {
         op.inputs(&mut |id| other = other.take().or_else(|| has(program, id)));
         match other {
             None => Ok(vec![op]),
-            Some(name) => Err(Error::Model(format!(
-                "adapter: tensor `{name}` is an input of {}: only matrices of plain products can be adapted",
-                op.name()
-            ))),
+            Some(name) => {
+                let op = op.name();
+                let why = format!(" is an input of {op}: only matrices of plain products can be adapted");
+                Err(self.wrong(&name, why))
+            }
         }
     }
 
@@ -100,7 +117,7 @@ impl Adapter {
             let found = gguf.tensor(&name).map(|t| (t.record.dims.clone(), t.record.format, t.record.layout));
             found
                 .map(|found| (name, found))
-                .ok_or_else(|| Error::Model(format!("adapter: tensor `{}.{suffix}` is missing", weight.name)))
+                .ok_or_else(|| self.wrong(&format!("{}.{suffix}", weight.name), " is missing"))
         };
         let ((a_name, a), (b_name, b)) = (stored("lora_a")?, stored("lora_b")?);
         let rank = a.0.get(1).copied().unwrap_or(1);
@@ -110,15 +127,12 @@ impl Adapter {
         let whole = gguf.tensor(name).and_then(|t| t.record.dims.get(1).copied()).unwrap_or(1);
         let fits = a.0.first() == Some(&weight.cols.into()) && b.0 == [rank, whole];
         if a.0.len() != 2 || !fits {
-            return Err(Error::Model(format!(
-                "adapter: tensor `{name}`: expected A [{}, rank] and B [rank, {whole}], got {:?} and {:?}",
-                weight.cols, a.0, b.0
-            )));
+            let (cols, a, b) = (weight.cols, a.0, b.0);
+            let why = format!(": expected A [{cols}, rank] and B [rank, {whole}], got {a:?} and {b:?}");
+            return Err(self.wrong(name, why));
         }
         if [a.2, b.2] != [Layout::Rows; 2] {
-            return Err(Error::Model(format!(
-                "adapter: tensor `{name}`: interleaved rows are not supported"
-            )));
+            return Err(self.wrong(name, ": interleaved rows are not supported"));
         }
         let rank_cols = u32::try_from(rank).map_err(|_| Error::argument("adapter rank", "32 bits", rank))?;
         let a = add_weight(program, &a_name, rank_cols, weight.cols, a.1, None);

@@ -60,6 +60,7 @@ const FAMILIES: &[&str] = &[
     "llama4",
     "mamba",
     "mamba2",
+    "minicpm3",
     "minimax_m2",
     "mistral",
     "mistral3",
@@ -80,6 +81,9 @@ const FAMILIES: &[&str] = &[
     "qwen3",
     "qwen3-awq",
     "qwen3-fp8",
+    "bitnet",
+    "bitnet-rounded",
+    "llama-bitnet",
     "qwen3-fp8-rows",
     "qwen3-gptq",
     "qwen3-gptq-order",
@@ -101,6 +105,7 @@ const ENCODERS: &[&str] = &[
     "bert-unigram",
     "distilbert",
     "embedding_gemma",
+    "jina_embeddings_v3",
     "modernbert",
     "nomic_bert",
     "qwen3-embedding",
@@ -185,11 +190,11 @@ fn logits_are_those_of_transformers() {
         for backend in &backends {
             let error = error(&folder, &model, backend);
             // The runtime's GELU by tanh goes through half precision; see docs/numeric-contract.md. GPT-NeoX has it for the exact one.
-            // Products with MXFP4 have activations of eight bits.
+            // Products with MXFP4 and TQ2_0 have activations of eight bits.
             let bound = match *name {
                 "gemma" | "gemma2" | "gemma3" | "gemma3-vision" | "gemma3n" | "gemma4" | "gemma4-moe"
                 | "gpt2" | "gpt_neox" | "phi" | "starcoder2" => 1e-6,
-                "gpt_oss" => 1e-3,
+                "gpt_oss" | "bitnet" => 1e-3,
                 _ => 1e-11,
             };
             if error.is_nan() || error > bound {
@@ -346,6 +351,19 @@ fn codes_are_carried_over() {
         let tensor = "blk.0.ffn_down.weight";
         assert_ne!(numbers(&exact, tensor).1, numbers(&codes, tensor).1, "{name}");
     }
+    // Ternary codes, of the rows of each quarter in a byte.
+    let bytes = std::fs::read(folder("bitnet").join("model.safetensors")).unwrap();
+    let all = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let packed = all.tensor("model.layers.0.mlp.down_proj.weight").unwrap();
+    let scale = all.tensor("model.layers.0.mlp.down_proj.weight_scale").unwrap();
+    let scale = f32::from_bits(u32::from_le_bytes([0, 0, scale.data()[0], scale.data()[1]]));
+    let want = (0..4).flat_map(|quarter| {
+        packed.data().iter().map(move |byte| scale * (f32::from(byte >> (2 * quarter) & 3) - 1.0))
+    });
+    let model = converted(&folder("bitnet"), Format::F16).unwrap();
+    let (format, got) = numbers(&model, "blk.0.ffn_down.weight");
+    assert!(format == Format::TQ2_0 && got == want.collect::<Vec<_>>());
+    assert_eq!(numbers(&model, "blk.0.attn_q.weight").0, Format::F16);
     let model = converted(&folder("gpt_oss"), Format::BF16).unwrap();
     let format = |name| model.gguf().tensor(name).unwrap().record.format;
     assert_eq!(format("blk.1.ffn_gate_exps.weight"), Format::MXFP4);
@@ -538,10 +556,28 @@ const VOCABULARY: &str = "tokenizer.json";
 fn what_is_not_supported_is_named() {
     let mut wrong = Vec::new();
     for (family, file, pointer, value, says) in [
-        ("llama", CONFIG, "/model_type", json!("rwkv"), "one of arcee, bert, camembert, cohere, cohere2,"),
+        ("llama", CONFIG, "/model_type", json!("rwkv"), "one of arcee, bert, bitnet, camembert, cohere,"),
         ("llama", CONFIG, "/hidden_act", json!("relu"), "expected silu, got"),
         ("llama", CONFIG, "/quantization_config", json!({}), "quantization_config"),
-        ("llama", CONFIG, "/quantization_config", json!({"quant_method": "bitnet"}), "fp8, gptq, awq,"),
+        ("llama", CONFIG, "/quantization_config", json!({"quant_method": "bnb"}), "fp8, gptq, awq,"),
+        (
+            "bitnet",
+            CONFIG,
+            "/quantization_config/linear_class",
+            json!("linear"),
+            "or autobitlinear, got linear",
+        ),
+        ("bitnet", CONFIG, "/quantization_config/linear_class", json!(1), "or autobitlinear, got no text"),
+        ("bitnet", CONFIG, "/quantization_config/quantization_mode", json!("later"), "or online, got later"),
+        ("bitnet", CONFIG, "/quantization_config/use_rms_norm", json!(true), "expected false, got true"),
+        (
+            "bitnet",
+            CONFIG,
+            "/quantization_config/quantization_mode",
+            json!("online"),
+            "expected F32, F16 or BF16",
+        ),
+        ("bitnet", CONFIG, "/hidden_act", json!("silu"), "expected relu2, got"),
         ("qwen3-gptq", CONFIG, "/quantization_config/bits", json!(3), "key `bits`: expected 4, got 3"),
         ("qwen3-gptq", CONFIG, "/quantization_config/checkpoint_format", json!("marlin"), "gptq or gptq_v2"),
         (
@@ -591,7 +627,15 @@ fn what_is_not_supported_is_named() {
         ("llama", CONFIG, "/rope_parameters/factor", json!(-8), "factor"),
         ("llama", CONFIG, "/rms_norm_eps", json!(-1), "layer_norm_rms_epsilon"),
         ("llama", CONFIG, "/rms_norm_eps", json!(1e300), "rms_norm_eps"),
-        ("llama", CONFIG, "/rms_norm_eps", Value::Null, "layer_norm_rms_epsilon` is missing"),
+        (
+            "llama",
+            CONFIG,
+            "/rms_norm_eps",
+            Value::Null,
+            "layer_norm_rms_epsilon` is missing (of config.json: `rms_norm_eps`",
+        ),
+        ("llama", CONFIG, "/intermediate_size", json!(0), "(of config.json: `intermediate_size`)"),
+        ("bitnet", CONFIG, "/sliding_window", json!("4"), "sliding_window"),
         ("llama", CONFIG, "/hidden_size", Value::Null, "key `hidden_size`: expected a whole number"),
         ("llama", CONFIG, "/hidden_size", json!(16), "token_embd.weight"),
         ("llama", CONFIG, "/num_hidden_layers", json!(3), "blk.2."),
@@ -673,6 +717,13 @@ fn what_is_not_supported_is_named() {
         ("deepseek_v3", CONFIG, "/rope_parameters/mscale_all_dim", Value::Null, "mscale_all_dim"),
         ("deepseek_v3", CONFIG, "/rope_interleave", json!(false), "rope_interleave"),
         ("deepseek_v3", CONFIG, "/qk_nope_head_dim", json!(5), "rows for heads of 15"),
+        ("minicpm3", CONFIG, "/scale_emb", json!(1), "expected 12, got 1"),
+        ("minicpm3", CONFIG, "/scale_depth", json!(1), "expected 1.4, got 1"),
+        ("minicpm3", CONFIG, "/dim_model_base", json!(24), "expected 256, got 24"),
+        ("minicpm3", CONFIG, "/qk_nope_head_dim", json!(0), "1 to 65536"),
+        ("minicpm3", CONFIG, "/qk_nope_head_dim", json!(8), "attn_q_b"),
+        ("minicpm3", CONFIG, "/q_lora_rank", json!(13), "attn_q_a"),
+        ("minicpm3", CONFIG, "/v_head_dim", json!(9), "attn_kv_b"),
         ("deepseek_v3", CONFIG, "/kv_lora_rank", json!(0), "kv_lora_rank"),
         ("deepseek_v3", CONFIG, "/v_head_dim", json!(u32::MAX), "1 to 65536"),
         ("ernie4_5_moe", CONFIG, "/moe_layer_end_index", json!(0), "the last layer"),
@@ -874,7 +925,9 @@ fn weights_that_do_not_fit_are_named() {
         ("../bert", "query.bias", "query.size", "0.attention.self.query.bias` is missing"),
         ("roberta", "LayerNorm.bias", "LayerNorm.size", "LayerNorm.bias` is missing"),
         ("distilbert", "lin1.bias", "lin1.size", "0.ffn.lin1.bias` is missing"),
+        ("jina_embeddings_v3", "Wqkv.bias", "Wqkv.size", "0.mixer.Wqkv.bias` is missing"),
         ("nomic_bert", "norm2.bias", "norm2.size", "norm2.bias` is missing"),
+        ("bitnet", "mlp.up_proj.weight_scale", "mlp.up_proj.weight_other", "unknown to the family"),
         ("bert-rank", "classifier.bias", "classifier.size", "classifier.bias` is missing"),
     ] {
         let copy = Copy::of(family);
@@ -1147,6 +1200,12 @@ fn what_bert_does_besides_is_named() {
         copy.set(CONFIG, pointer, serde_json::from_str(&identity).unwrap());
         assert!(!warns(&copy), "{pointer}");
     }
+    // Of families without windows: the window.
+    let copy = Copy::of("llama");
+    copy.set(CONFIG, "/sliding_window", json!(4));
+    let (model, left_out) = convert_to_gguf(&copy.0);
+    assert!(left_out.len() == 1 && left_out[0].contains("sliding_window"), "{left_out:?}");
+    assert_eq!(model.hparams().sliding_window, None);
     // Of Nemotron-H: steps that have a least length, and layers in the older form.
     let copy = Copy::of("nemotron_h");
     copy.set(CONFIG, "/time_step_min", json!(0.001));
@@ -1214,7 +1273,13 @@ fn what_encoders_lack_is_named() {
         ),
         ("bert-rank", VOCABULARY, "/post_processor/pair", json!([]), "[CLS] A [SEP] B [SEP]"),
         ("bert-rank-types", CONFIG, "/type_vocab_size", json!(3), "token_types.weight"),
-        ("bert-rank", CONFIG, "/architectures/0", json!("BertModel"), "`classifier.bias` is unknown"),
+        (
+            "bert-rank",
+            CONFIG,
+            "/architectures/0",
+            json!("BertModel"),
+            "`classifier.bias` is unknown to the family; in `architectures`",
+        ),
         (
             "xlm-roberta",
             CONFIG,
@@ -1249,6 +1314,14 @@ fn what_encoders_lack_is_named() {
         ("modernbert", CONFIG, "/layer_types", json!(["full_attention"]), "for each layer"),
         ("modernbert", CONFIG, "/num_hidden_layers", json!(1 << 20), "num_hidden_layers"),
         ("modernbert", CONFIG, "/local_attention", Value::Null, "local_attention"),
+        ("jina_embeddings_v3", CONFIG, "/hidden_act", json!("relu"), "expected gelu, got"),
+        (
+            "jina_embeddings_v3",
+            CONFIG,
+            "/architectures/0",
+            json!("JinaEmbeddingsV3ForSequenceClassification"),
+            "architectures",
+        ),
         ("nomic_bert", CONFIG, "/hidden_act", json!("gelu"), "expected silu, got"),
         ("nomic_bert", CONFIG, "/moe_every_n_layers", json!(2), "moe_every_n_layers"),
         ("nomic_bert", VOCABULARY, "/model/vocab/xyz", json!(1), "without gaps"),
@@ -1467,6 +1540,7 @@ fn mutants_of_folders() {
         "qwen3-fp8",
         "qwen3-gptq-order",
         "qwen3-packed",
+        "bitnet",
         "deepseek_v3",
         "falcon_h1",
         "gpt_neox",

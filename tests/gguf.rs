@@ -195,7 +195,7 @@ fn malformed_headers() {
         ("type 33", id(33),
             "TensorType", "tensor `t`: tensor type 33 is Q4_0_8_8, which GGML removed; it was Q4_0 repacked for one CPU: quantise the original model to Q4_0"),
         ("type 36", id(36),
-            "TensorType", "tensor `t`: tensor type 36 is IQ4_NL_4_4, which GGML removed; it was IQ4_NL repacked for one CPU: quantise the original model to IQ4_NL"),
+            "TensorType", "tensor `t`: tensor type 36 is IQ4_NL_4_4, which GGML removed; it was IQ4_NL repacked for one CPU: quantise the original model to IQ4_NL; in BitNet's own files it is I2_S: convert the folder of the original model"),
         ("type 37", id(37),
             "TensorType", "tensor `t`: tensor type 37 is IQ4_NL_4_8, which GGML removed; it was IQ4_NL repacked for one CPU: quantise the original model to IQ4_NL"),
         ("type 38", id(38),

@@ -91,7 +91,10 @@ fn adapters_that_do_not_fit_are_named() {
         (good.clone().without("adapter.lora.alpha"), "adapter.lora.alpha"),
         (good.clone().entry("adapter.alora.invocation_tokens", 1u32), "adapter.alora.invocation_tokens"),
         (good.clone().without(&format!("{q}b")), "attn_q.weight.lora_b` is missing"),
-        (good.clone().without(&format!("{q}a")), "lora0.blk.0.attn_q.weight.lora_b` of the file is unknown"),
+        (
+            good.clone().without(&format!("{q}a")),
+            "`blk.0.attn_q.weight.lora_b` adapts no matrix of the model",
+        ),
         (replaced("a", &[9, 2]), "expected A [8, rank] and B [rank, 8], got [9, 2] and [2, 8]"),
         (replaced("b", &[3, 8]), "got [8, 2] and [3, 8]"),
         (replaced("b", &[2, 7]), "got [8, 2] and [2, 7]"),

@@ -44,7 +44,7 @@ pub struct EncoderArgs {
     #[arg(long)]
     truncate: bool,
     /// Maximum tokens of a step, and so of a text.
-    #[arg(long, value_name = "N", default_value_t = 512)]
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
     batch: u32,
 }
 

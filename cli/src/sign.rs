@@ -15,6 +15,8 @@ use super::{Failure, interrupt, plain, print, progress};
 
 /// Maximum bytes of a secret key.
 const MAX_KEY_BYTES: u64 = 1 << 14;
+/// Bytes of a secret key, which begins with its algorithm, Ed25519.
+const KEY_BYTES: usize = 158;
 /// Where a secret key says how a password protects it: zeros if none does.
 const KDF: std::ops::Range<usize> = 2..4;
 /// What manifests and signatures begin with.
@@ -51,6 +53,9 @@ fn secret_key(path: &Path) -> Result<SecretKey, Failure> {
     // After a comment, the second line is the key.
     let key = BASE64_STANDARD.decode(text.lines().nth(1).unwrap_or_default().trim());
     let key = key.map_err(|e| wrong(e.to_string()))?;
+    if !key.starts_with(b"Ed") || key.len() != KEY_BYTES {
+        return Err(wrong(format!("{KEY_BYTES} bytes that begin with Ed, got {} others", key.len())).into());
+    }
     // Without a password, the command `minisign` writes no checksum, so the crate's reader of such files refuses them.
     if key.get(KDF) == Some(&[0, 0]) {
         return Ok(SecretKey::from_bytes(&key).map_err(|e| wrong(e.to_string()))?);

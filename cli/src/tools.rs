@@ -153,8 +153,12 @@ pub fn perplexity(args: &PerplexityArgs) -> Result<(), Failure> {
         tokens.truncate(args.limit);
     }
     let window = args.window as usize;
-    if window < 2 {
-        return Err(format!("--window: expected at least 2 tokens, got {window}").into());
+    if args.model.ctx.is_some() {
+        return Err("--ctx: a step sees one window: set its length with --window".into());
+    }
+    // The second half of a window has to have a token with one after it.
+    if window < 3 {
+        return Err(format!("--window: expected at least 3 tokens, got {window}").into());
     }
     if tokens.len() < window {
         return Err(format!(
@@ -229,7 +233,7 @@ fn cross_entropy(logits: &[f32], target: usize) -> f64 {
 pub struct ConformArgs {
     #[command(flatten)]
     device: DeviceArgs,
-    /// Run only cases whose name contains this.
+    /// Run only cases whose name contains this, such as `MatMul` or `Q4_K`.
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     filter: String,
     /// Print every case, not only failures and a line for each kind of gap.
@@ -331,6 +335,9 @@ pub fn conform(args: &ConformArgs) -> Result<(), Failure> {
         return if outcome.failed() { Err("conformance failed".into()) } else { Ok(()) };
     }
     let cases: Vec<_> = conformance::cases().into_iter().filter(|c| c.name.contains(&args.filter)).collect();
+    if cases.is_empty() {
+        return Err(format!("--filter {}: no case has this in its name (case counts)", args.filter).into());
+    }
     if args.checksums {
         let caps = backend.caps();
         if caps.contract != Contract::Exact {

@@ -24,6 +24,9 @@ use crate::panel::PanelMut;
 /// Polls of a worker for a job before it sleeps; about 30 microseconds.
 const SPINS: u32 = 1500;
 
+/// Maximum threads of a [`Pool`]: far beyond this, starting one ends the process, because memory maps run out.
+pub const MOST_THREADS: usize = 4096;
+
 /// Threads that run the work of kernels.
 ///
 /// A host that has threads of its own implements this, instead of letting Halite start some. A step calls it once for each
@@ -170,8 +173,11 @@ impl Pool {
     /// Starts threads so that there are `threads`, the caller's included; at least one.
     ///
     /// # Errors
-    /// The operating system's error if it cannot start a thread.
+    /// More than [`MOST_THREADS`]; the operating system's error if it cannot start a thread.
     pub fn new(threads: usize) -> std::io::Result<Pool> {
+        if threads > MOST_THREADS {
+            return Err(std::io::Error::other(format!("expected at most {MOST_THREADS}")));
+        }
         Ok(Pool::with_executor(Arc::new(Workers::start(threads)?)))
     }
 

@@ -159,7 +159,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     nemotron_blocks(config, architecture, &kinds, w)?;
     let head_dim = match config.optional_u32(match architecture {
         "gemma4" => "global_head_dim",
-        "deepseek2" => "qk_rope_head_dim",
+        "deepseek2" | "minicpm3" => "qk_rope_head_dim",
         _ => "head_dim",
     })? {
         Some(head_dim) => head_dim,
@@ -218,6 +218,9 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let embeds = reranker.is_none() && sentence::is_there(folder);
     let task = if embeds { Task::Embed } else { Task::Generate };
     let mut left_out = vocabulary::write(folder, config, task, w)?;
+    if family.window == Window::None && config.optional_u32("sliding_window")?.is_some() {
+        left_out.push("config.json: sliding_window is left out: layers of the family have no window".into());
+    }
     let mut beside = Vec::new();
     if embeds {
         let dense: &[&str] = if family.both_ways { &["dense_2", "dense_3"] } else { &[] };
@@ -297,6 +300,10 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     if architecture == "deepseek2" {
         taken.extend(latent(config, w)?);
     }
+    if architecture == "minicpm3" {
+        let extents = [extent(config, "qk_nope_head_dim")?, extent(config, "qk_rope_head_dim")?];
+        w.entry("minicpm3.attention.key_length", extents.iter().sum::<u32>())?;
+    }
     match &reranker {
         Some(Reranker::Tokens(ids)) => {
             w.entry(&format!("{architecture}.pooling_type"), 4u32)?;
@@ -363,6 +370,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         norm_offset: family.norm_offset,
         vectors,
         left_out,
+        keys: vec![family.keys, REQUIRED, OPTIONAL],
     })
 }
 
@@ -812,13 +820,18 @@ fn neighbours(config: &Json) -> Result<[(&'static str, &'static str, Rows); 2]> 
     ])
 }
 
+/// A dimension of a head.
+fn extent(config: &Json, name: &'static str) -> Result<u32> {
+    match config.u32(name)? {
+        value @ 1..=MAX_EXTENT => Ok(value),
+        value => Err(config.wrong(name, &format!("1 to {MAX_EXTENT}"), value)),
+    }
+}
+
 /// Writes DeepSeek's latent attention, and returns what becomes of its matrix of keys and values: files have the keys of each head
 /// transposed, because queries are multiplied with them.
 fn latent(config: &Json, w: &mut Writer) -> Result<[(&'static str, &'static str, Rows); 2]> {
-    let extent = |name: &str| match config.u32(name)? {
-        value @ 1..=MAX_EXTENT => Ok(value),
-        value => Err(config.wrong(name, &format!("1 to {MAX_EXTENT}"), value)),
-    };
+    let extent = |name| extent(config, name);
     let (rank, turned) = (extent("kv_lora_rank")?, extent("qk_rope_head_dim")?);
     let (plain, value) = (extent("qk_nope_head_dim")?, extent("v_head_dim")?);
     if let Some(rank) = config.optional_u32("q_lora_rank")? {
@@ -848,13 +861,14 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
         return Ok(());
     }
     let uses = config.bool("use_sliding_window")? != Some(false);
-    let Some(length) = config.optional_u32("sliding_window")?.filter(|_| uses) else {
+    let has = uses && family.window != Window::None;
+    let Some(length) = config.optional_u32("sliding_window")?.filter(|_| has) else {
         let types = config.get("layer_types").and_then(Value::as_array);
         // Layers without attention are of no concern here.
         let all = family.recurrent.is_empty() && family.has_rope;
         let wrong = |kind: &&Value| **kind == "sliding_attention" || all && **kind != "full_attention";
         return match types.into_iter().flatten().find(wrong) {
-            Some(kind) if kind != "sliding_attention" => {
+            Some(kind) if kind != "sliding_attention" || family.window == Window::None => {
                 Err(config.wrong("layer_types", "full_attention for each layer", kind))
             }
             Some(_) if uses => Err(config.missing("sliding_window", "the window of layer_types")),
@@ -864,7 +878,7 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
     };
     let by_period = |period: u32| (1..=layers).map(move |layer| layer.checked_rem(period) != Some(0));
     let default: Vec<bool> = match family.window {
-        Window::All => vec![true; layers as usize],
+        Window::None | Window::All => vec![true; layers as usize],
         Window::Period(period) => by_period(period).collect(),
     };
     let period = ["sliding_window_pattern", "_sliding_window_pattern"];
@@ -898,7 +912,7 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
             Window::All if windowed.contains(&true) => {
                 return Err(config.wrong("layer_types", "the same for every layer", "some of each"));
             }
-            Window::All => return Ok(()),
+            Window::None | Window::All => return Ok(()),
             Window::Period(_) => {
                 w.entry(&format!("{}.attention.sliding_window_pattern", family.architecture), &windowed[..])?;
             }

@@ -98,6 +98,18 @@ const NOMIC_NAMES: Names = &[
     ("encoder.layers.{}.norm2", "blk.{}.layer_output_norm"),
 ];
 
+const JINA_NAMES: Names = &[
+    ("embeddings.word_embeddings", "token_embd"),
+    ("embeddings.token_type_embeddings", "token_types"),
+    ("emb_ln", "token_embd_norm"),
+    ("encoder.layers.{}.mixer.Wqkv", "blk.{}.attn_qkv"),
+    ("encoder.layers.{}.mixer.out_proj", "blk.{}.attn_output"),
+    ("encoder.layers.{}.norm1", "blk.{}.attn_output_norm"),
+    ("encoder.layers.{}.mlp.fc1", "blk.{}.ffn_up"),
+    ("encoder.layers.{}.mlp.fc2", "blk.{}.ffn_down"),
+    ("encoder.layers.{}.norm2", "blk.{}.layer_output_norm"),
+];
+
 const MODERN_NAMES: Names = &[
     ("embeddings.tok_embeddings", "token_embd"),
     ("embeddings.norm", "token_embd_norm"),
@@ -145,6 +157,21 @@ const ROBERTA: Family = Family {
 const FAMILIES: &[Family] = &[
     BERT,
     Family { model_type: "camembert", ..ROBERTA },
+    // Jina's third model (Sturua et al. 2024).
+    Family {
+        model_type: "jina_embeddings_v3",
+        architecture: "jina-bert-v3",
+        prefixes: &["roberta."],
+        names: JINA_NAMES,
+        head: &[],
+        unused: &["pooler.*", "lm_head.*"],
+        biased: &["emb_ln", "Wqkv", "out_proj", "norm1", "norm2", "fc1", "fc2"],
+        defaults: &[("type_vocab_size", "1"), ("layer_norm_eps", "1e-5")],
+        only: &[("hidden_act", Only::Text("gelu"))],
+        has_rope: true,
+        rope_bases: [Some(20_000.0), None],
+        ..BERT
+    },
     // DistilBERT (Sanh et al. 2019) has no types of tokens.
     Family {
         model_type: "distilbert",
@@ -309,6 +336,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         taken,
         beside,
         left_out,
+        keys: vec![family.keys, KEYS],
         ..Plan::default()
     })
 }

@@ -46,8 +46,10 @@ pub(super) struct Family {
 }
 
 /// The layers with a sliding window.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Window {
+    /// None: the library ignores the option.
+    None,
     /// All layers, if the config has a window.
     All,
     /// All layers but the last of each period, unless the config lists the layers.
@@ -456,7 +458,7 @@ pub(super) const LLAMA: Family = Family {
     interleaved: true,
     by_columns: &[],
     norm_offset: 0.0,
-    window: Window::All,
+    window: Window::None,
     has_rope: true,
     both_ways: false,
     recurrent: &[],
@@ -534,6 +536,18 @@ pub(super) const FAMILIES: &[Family] = &[
         only: &[("hidden_act", Only::Text("relu2"))],
         ..LLAMA
     },
+    Family {
+        model_type: "bitnet",
+        architecture: "bitnet-b1.58",
+        names: &[&[
+            ("layers.{}.self_attn.attn_sub_norm", "blk.{}.attn_sub_norm"),
+            ("layers.{}.mlp.ffn_sub_norm", "blk.{}.ffn_sub_norm"),
+        ]],
+        only: &[("hidden_act", Only::Text("relu2"))],
+        interleaved: false,
+        rope_base: Some(500_000.0),
+        ..LLAMA
+    },
     // Its published weights already rotate adjacent elements.
     Family {
         model_type: "cohere",
@@ -584,6 +598,7 @@ pub(super) const FAMILIES: &[Family] = &[
         fixed: SIGMOID,
         only: &[SILU, ("scoring_func", Only::Text("noaux_tc"))],
         interleaved: false,
+        window: Window::All,
         ..LLAMA
     },
     // Its published weights already rotate adjacent elements.
@@ -1023,6 +1038,27 @@ pub(super) const FAMILIES: &[Family] = &[
         ..LLAMA
     },
     Family {
+        model_type: "minicpm3",
+        architecture: "minicpm3",
+        names: &[LATENT],
+        keys: &[
+            ("attention.q_lora_rank", &["q_lora_rank"], Kind::U32),
+            ("attention.kv_lora_rank", &["kv_lora_rank"], Kind::U32),
+            ("attention.value_length", &["v_head_dim"], Kind::U32),
+        ],
+        without: &["attention.key_length", "attention.value_length"],
+        defaults: &[TIED],
+        // Files do not have these factors.
+        only: &[
+            SILU,
+            ("scale_emb", Only::Number(12.0)),
+            ("scale_depth", Only::Number(1.4)),
+            ("dim_model_base", Only::Number(256.0)),
+        ],
+        interleaved: false,
+        ..LLAMA
+    },
+    Family {
         model_type: "minimax_m2",
         architecture: "minimax-m2",
         names: &[MIXTRAL],
@@ -1043,10 +1079,11 @@ pub(super) const FAMILIES: &[Family] = &[
         model_type: "ministral3",
         architecture: "mistral3",
         only: &[SILU, ("sliding_window", Only::Absent)],
+        window: Window::All,
         ..LLAMA
     },
-    Family { model_type: "mistral", defaults: &[WINDOW], rope_base: Some(1e4), ..LLAMA },
-    Family { model_type: "mixtral", names: &[MIXTRAL], ..LLAMA },
+    Family { model_type: "mistral", defaults: &[WINDOW], rope_base: Some(1e4), window: Window::All, ..LLAMA },
+    Family { model_type: "mixtral", names: &[MIXTRAL], window: Window::All, ..LLAMA },
     NEMOTRON,
     Family {
         architecture: "nemotron_h_moe",
@@ -1121,14 +1158,23 @@ pub(super) const FAMILIES: &[Family] = &[
         ]],
         interleaved: false,
         rope_base: Some(1e4),
+        window: Window::All,
         ..LLAMA
     },
-    Family { model_type: "qwen2", architecture: "qwen2", defaults: NO_WINDOW, interleaved: false, ..LLAMA },
+    Family {
+        model_type: "qwen2",
+        architecture: "qwen2",
+        defaults: NO_WINDOW,
+        interleaved: false,
+        window: Window::All,
+        ..LLAMA
+    },
     Family {
         model_type: "qwen2_5_vl_text",
         architecture: "qwen2vl",
         defaults: NO_WINDOW,
         interleaved: false,
+        window: Window::All,
         ..LLAMA
     },
     Family {
@@ -1139,9 +1185,17 @@ pub(super) const FAMILIES: &[Family] = &[
         keys: MIXTURE,
         only: &[SILU, ALL_LAYERS[0], ALL_LAYERS[1]],
         interleaved: false,
+        window: Window::All,
         ..LLAMA
     },
-    Family { model_type: "qwen3", architecture: "qwen3", defaults: NO_WINDOW, interleaved: false, ..LLAMA },
+    Family {
+        model_type: "qwen3",
+        architecture: "qwen3",
+        defaults: NO_WINDOW,
+        interleaved: false,
+        window: Window::All,
+        ..LLAMA
+    },
     Family {
         model_type: "qwen3_5_moe_text",
         architecture: "qwen35moe",
@@ -1182,6 +1236,7 @@ pub(super) const FAMILIES: &[Family] = &[
             ("mlp_only_layers", Only::Nothing),
         ],
         interleaved: false,
+        window: Window::All,
         ..LLAMA
     },
     Family {
@@ -1228,6 +1283,7 @@ pub(super) const FAMILIES: &[Family] = &[
             ("hidden_act", Only::Text("silu")),
             ("no_rope_layer_interval", Only::Number(NOPE_PERIOD as f64)),
         ],
+        window: Window::All,
         ..LLAMA
     },
     Family {
@@ -1247,6 +1303,7 @@ pub(super) const FAMILIES: &[Family] = &[
         names: &[&[("layers.{}.mlp.c_fc", "blk.{}.ffn_up"), ("layers.{}.mlp.c_proj", "blk.{}.ffn_down")]],
         only: &[("hidden_act", Only::Text("gelu_pytorch_tanh"))],
         interleaved: false,
+        window: Window::All,
         ..LLAMA
     },
 ];

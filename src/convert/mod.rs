@@ -96,7 +96,12 @@ struct Plan {
     vectors: Vec<(&'static str, Vec<f32>)>,
     /// Warnings: settings of the folder that the file lacks.
     left_out: Vec<String>,
+    /// Keys of GGUF files, and what config.json calls them.
+    keys: Vec<&'static [options::Key]>,
 }
+
+/// Beginnings of names of classification heads.
+const HEADS: &[&str] = &["classifier.", "score."];
 
 /// Names of matrices with their factors: the end of some rows, and what these are multiplied by.
 type Factors = Vec<(&'static str, Vec<(usize, f32)>)>;
@@ -216,8 +221,9 @@ pub fn formats() -> impl Iterator<Item = Format> {
 /// Links must stay inside the folder, except in the cache of the Hugging Face hub. Only regular files are
 /// read, and text files only up to 64 MiB.
 ///
-/// Folders may be quantised: FP8 with scales, GPTQ, AWQ or compressed-tensors with 4 bits, MXFP4. MXFP4 stays MXFP4, and symmetric
-/// groups of 4 bits have the same numbers in Q4_0; all else goes through single precision.
+/// Folders may be quantised: FP8 with scales, GPTQ, AWQ or compressed-tensors with 4 bits, MXFP4, BitNet. MXFP4 stays MXFP4, BitNet's
+/// numbers become TQ2_0 where that has them, and symmetric groups of 4 bits have the same numbers in Q4_0; all else goes through
+/// single precision.
 ///
 /// # Errors
 /// [`Error::Io`] if a file cannot be read, or `out` not written (then without a path). [`Error::Model`] or
@@ -254,7 +260,7 @@ pub fn convert(
         let home = target.parts.first().and_then(Part::home);
         writer.tensor(name, &target.dims, if plain { Format::F32 } else { home.unwrap_or(format) })?;
     }
-    check(folder, &writer)?;
+    check(folder, &writer).map_err(|error| plan.in_config(error))?;
 
     let mut targets = targets.values();
     let mut failure = None;
@@ -294,6 +300,21 @@ fn check(folder: &Path, writer: &Writer) -> Result<()> {
 }
 
 impl Plan {
+    /// Says how config.json calls the key that an error is about.
+    fn in_config(&self, error: Error) -> Error {
+        let text = match &error {
+            Error::Model(why) => why.clone(),
+            other => other.to_string(),
+        };
+        let is_about = |(key, ..): &&options::Key| text.contains(&format!(".{key}`"));
+        match self.keys.iter().flat_map(|keys| keys.iter()).find(is_about) {
+            Some((_, names, _)) => {
+                Error::Model(format!("{text} (of config.json: `{}`)", names.join("` or `")))
+            }
+            None => error,
+        }
+    }
+
     /// Returns the tensors to write, by name.
     fn targets<'a>(&self, parts: BTreeMap<String, Part<'a>>) -> Result<BTreeMap<String, Target<'a>>> {
         let has = |name: &str| parts.contains_key(name);
@@ -317,7 +338,14 @@ impl Plan {
             let wrong = |why: &str| {
                 Error::Model(format!("tensor `{}` {why}", printable(full.as_bytes()).trim_matches('"')))
             };
-            let (name, expert) = self.gguf_name(short).ok_or_else(|| wrong("is unknown to the family"))?;
+            let is_of_head = HEADS.iter().any(|head| short.starts_with(head));
+            let unknown = match is_of_head {
+                false => "is unknown to the family",
+                true => {
+                    "is unknown to the family; in `architectures` of config.json, the names of models that classify end with ForSequenceClassification"
+                }
+            };
+            let (name, expert) = self.gguf_name(short).ok_or_else(|| wrong(unknown))?;
             let names = match name.split_once(GATE_UP) {
                 Some((start, end)) => ["gate", "up"].map(|part| format!("{start}.ffn_{part}{end}")).to_vec(),
                 None => vec![name],

@@ -2,7 +2,7 @@
 //! GGUF format has the same codes and scales, its blocks are put together from them.
 //!
 //! The layouts are those of the libraries that write them: block-scaled FP8 (DeepSeek-V3), GPTQModel, AutoAWQ, compressed-tensors,
-//! and the MXFP4 of gpt-oss.
+//! the MXFP4 of gpt-oss, and the ternary weights of BitNet.
 
 use std::collections::BTreeMap;
 
@@ -21,6 +21,8 @@ const CODES: usize = 8;
 const MIDDLE: u8 = 8;
 /// Columns of a block of Q4_0 and MXFP4.
 const BLOCK: usize = 32;
+/// Rows whose ternary codes share a byte.
+const TERNARY: usize = 4;
 
 /// How a folder's weights are quantised, as its `quantization_config` says.
 #[derive(Clone, Copy, Debug, Default)]
@@ -40,6 +42,12 @@ pub(super) enum Scheme {
     /// Four bits, packed along columns, symmetric.
     Packed,
     Mxfp4,
+    /// Minus one, zero and one, times or through a factor of the matrix.
+    Ternary {
+        divides: bool,
+    },
+    /// Numbers that the model rounds to ternary ones.
+    RoundedToTernary,
 }
 
 impl Scheme {
@@ -68,7 +76,12 @@ impl Scheme {
             }
             "compressed-tensors" => compressed(&config),
             "mxfp4" => Ok(Scheme::Mxfp4),
-            other => Err(config.wrong("quant_method", "fp8, gptq, awq, compressed-tensors or mxfp4", other)),
+            "bitnet" => ternary(&config),
+            other => Err(config.wrong(
+                "quant_method",
+                "fp8, gptq, awq, compressed-tensors, mxfp4 or bitnet",
+                other,
+            )),
         }
     }
 
@@ -156,6 +169,20 @@ impl Scheme {
                 let Some(stem) = name.strip_suffix("_blocks") else { return Ok(plain()) };
                 Ok(Some((stem.to_owned(), mxfp4(view, beside(stem, "_scales")?)?)))
             }
+            Scheme::Ternary { divides } => {
+                if second(&[(".weight_scale", ".weight")]) {
+                    return Ok(None);
+                }
+                if !has(name, "_scale") {
+                    return Ok(plain());
+                }
+                Ok(Some((name.to_owned(), packed_ternary(view, beside(name, "_scale")?, divides)?)))
+            }
+            // Those of the blocks: not the embeddings and the output.
+            Scheme::RoundedToTernary if name.ends_with("_proj.weight") => {
+                Ok(Some((name.to_owned(), rounded_to_ternary(view)?)))
+            }
+            Scheme::RoundedToTernary => Ok(plain()),
         }
     }
 }
@@ -199,6 +226,25 @@ fn compressed(config: &Json) -> Result<Scheme> {
     }
 }
 
+/// The scheme of BitNet.
+fn ternary(config: &Json) -> Result<Scheme> {
+    if config.bool("use_rms_norm")? == Some(true) {
+        return Err(config.wrong("use_rms_norm", "false", "true"));
+    }
+    let text = |key: &str, default| config.value.get(key).map_or(Some(default), Value::as_str);
+    match (text("linear_class", "bitlinear"), text("quantization_mode", "offline")) {
+        (Some("bitlinear"), _) => Ok(Scheme::Ternary { divides: true }),
+        (Some("autobitlinear"), Some("offline")) => Ok(Scheme::Ternary { divides: false }),
+        (Some("autobitlinear"), Some("online")) => Ok(Scheme::RoundedToTernary),
+        (Some("autobitlinear"), mode) => {
+            Err(config.wrong("quantization_mode", "offline or online", mode.unwrap_or("no text")))
+        }
+        (class, _) => {
+            Err(config.wrong("linear_class", "bitlinear or autobitlinear", class.unwrap_or("no text")))
+        }
+    }
+}
+
 /// A weight.
 #[derive(Clone)]
 pub(super) struct Part<'a> {
@@ -222,6 +268,17 @@ enum Data<'a> {
         /// Sixteen bytes a block, neighbours in a byte.
         codes: &'a [u8],
         exponents: &'a [u8],
+    },
+    /// Codes plus 1, of two bits: of a row in each quarter of the rows.
+    Ternary {
+        codes: &'a [u8],
+        factor: f32,
+    },
+    /// Numbers that are multiplied by a scale, rounded to a code and multiplied by the factor.
+    RoundedToTernary {
+        view: TensorView<'a>,
+        scale: f32,
+        factor: f32,
     },
 }
 
@@ -285,13 +342,23 @@ impl<'a> Part<'a> {
 
     /// The format in which the weight always is written, because it has the same codes and scales.
     pub(super) fn home(&self) -> Option<Format> {
-        matches!(self.data, Data::Mxfp4 { .. }).then_some(Format::MXFP4)
+        match self.data {
+            Data::Mxfp4 { .. } => Some(Format::MXFP4),
+            // Its quantiser finds the codes of ternary numbers.
+            Data::Ternary { factor, .. } | Data::RoundedToTernary { factor, .. } => {
+                let is_same = math::f16_to_f32(math::f32_to_f16(factor)) == factor;
+                (is_same && Format::TQ2_0.row_bytes(self.columns()).is_some()).then_some(Format::TQ2_0)
+            }
+            _ => None,
+        }
     }
 
     /// Reads rows of so many columns, which may be fewer than its own.
     pub(super) fn reader(&self, columns: usize) -> Result<RowReader<'_>> {
         let plain = match &self.data {
-            Data::Plain(view) | Data::ByColumns(view) => Some(element(view.dtype())?),
+            Data::Plain(view) | Data::ByColumns(view) | Data::RoundedToTernary { view, .. } => {
+                Some(element(view.dtype())?)
+            }
             _ => None,
         };
         Ok(RowReader { part: self, columns, plain })
@@ -329,7 +396,20 @@ impl RowReader<'_> {
                     (0..columns).filter_map(|column| view.data().get(at(column)..at(column) + bytes));
                 values.extend(elements.map(element));
             }
-            (Data::Plain(_) | Data::ByColumns(_), None) => {}
+            (Data::RoundedToTernary { view, scale, factor }, Some((element, bytes))) => {
+                let from = row * columns * bytes;
+                let elements = view.data().get(from..from + columns * bytes).unwrap_or(&[]);
+                let code = |x: f32| (x * scale).round_ties_even().clamp(-1.0, 1.0);
+                values.extend(elements.chunks_exact(bytes).map(|bytes| code(element(bytes)) * factor));
+            }
+            (Data::Ternary { codes, factor }, _) => {
+                let rows = (self.rows() / TERNARY).max(1);
+                let from = row % rows * columns;
+                let codes = codes.get(from..from + columns).unwrap_or(&[]);
+                let number = |&byte: &u8| (f32::from(byte >> (2 * (row / rows)) & 3) - 1.0) * factor;
+                values.extend(codes.iter().map(number));
+            }
+            (Data::Plain(_) | Data::ByColumns(_) | Data::RoundedToTernary { .. }, None) => {}
             (Data::Fp8 { codes, scales, block: [rows, width] }, _) => {
                 let across = columns.div_ceil(*width);
                 let codes = codes.get(row * columns..(row + 1) * columns).unwrap_or(&[]);
@@ -509,6 +589,43 @@ fn fp8<'a>(
     };
     let data = Data::Fp8 { codes: view.data(), scales: given, block };
     Ok(Part { shape: view.shape().to_vec(), data })
+}
+
+fn packed_ternary<'a>(
+    view: &TensorView<'a>,
+    scale: &TensorView<'_>,
+    divides: bool,
+) -> Result<Part<'a>, String> {
+    let (&[rows, columns], Dtype::U8) = (view.shape(), view.dtype()) else {
+        let (shape, dtype) = (view.shape(), view.dtype());
+        return Err(format!("expected a matrix of U8, four rows in one, got {shape:?} of {dtype:?}"));
+    };
+    let rows = rows.checked_mul(TERNARY).ok_or_else(|| format!("expected fewer rows, got {rows}"))?;
+    let &[scale] = &numbers(scale)?[..] else {
+        return Err(format!("its scale: expected 1 number, got {:?}", scale.shape()));
+    };
+    let factor = if divides { 1.0 / scale } else { scale };
+    Ok(Part { shape: vec![rows, columns], data: Data::Ternary { codes: view.data(), factor } })
+}
+
+/// The factor is the mean magnitude (Ma et al. 2024), in the precision of the numbers; codes are found with the mean itself.
+fn rounded_to_ternary<'a>(view: &TensorView<'a>) -> Result<Part<'a>, String> {
+    let (element, bytes) = element(view.dtype()).map_err(|e| e.to_string())?;
+    let magnitudes = view.data().chunks_exact(bytes).map(|bytes| f64::from(element(bytes).abs()));
+    let mean = magnitudes.sum::<f64>() / (view.data().len() / bytes).max(1) as f64;
+    let mean = mean.max(1e-5) as f32;
+    let format = match view.dtype() {
+        Dtype::BF16 => Format::BF16,
+        Dtype::F16 => Format::F16,
+        _ => Format::F32,
+    };
+    let mut factor = vec![0; bytes];
+    format.quantize(&[mean], &mut factor).map_err(|e| e.to_string())?;
+    let (factor, scale) = (element(&factor), 1.0 / mean);
+    Ok(Part {
+        shape: view.shape().to_vec(),
+        data: Data::RoundedToTernary { view: view.clone(), scale, factor },
+    })
 }
 
 /// The group of each column: as listed, or so many columns each.

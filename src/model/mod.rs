@@ -72,6 +72,7 @@ const FAMILIES: &[(&str, Record)] = &[
     ("bailingmoe2", deepseek::record_balanced),
     ("bert", bert::record),
     ("bitnet", bitnet::record),
+    ("bitnet-b1.58", bitnet::record_squared),
     ("bloom", mpt::record_bloom),
     ("chatglm", glm::record_chat),
     ("codeshell", starcoder2::record),
@@ -334,6 +335,9 @@ impl Model {
         let optional = |name: &str| OPTIONAL.contains(&name) || h.embeds() && name == "output.weight";
         let unused = names.find(|name| !used.contains(name) && !optional(name) && !is_idle(name));
         unused.map_or(Ok(()), |name| {
+            if let Some(adapter) = self.adapters.iter().find(|adapter| name.starts_with(&adapter.prefix)) {
+                return Err(adapter.unused(name));
+            }
             let architecture = printable(self.hparams.architecture.as_bytes());
             Err(Error::Model(format!("tensor `{name}` of the file is unknown to the family {architecture}")))
         })

@@ -1000,10 +1000,10 @@ impl<'n, 'b> Network<'n, 'b> {
         self.gated(gate, up, act)
     }
 
-    /// The same, normalised before the last product (BitNet).
-    pub fn sub_normed_mlp(&mut self, x: TensorId, act: Gate) -> TensorId {
+    /// The same, gated by the product of some functions and normalised before the last product (BitNet).
+    pub fn sub_normed_mlp(&mut self, x: TensorId, gates: &[Gate]) -> TensorId {
         let [gate, up] = self.gate_and_up(x);
-        let y = self.b.glu(gate, up, act);
+        let y = gates.iter().fold(up, |y, &act| self.b.glu(gate, y, act));
         let y = self.norm("ffn_sub_norm", y);
         self.linear("ffn_down", "ffn_down", y, self.h.embedding_length)
     }

@@ -242,7 +242,7 @@ fn check(name: &str, from: Format, to: Format, options: &QuantizeOptions) -> Res
     let exact = matches!(from.kind(), Kind::Float) || from == Format::Q8_0;
     if !exact && !options.requantize {
         return wrong(format!(
-            "expected F32, F16, BF16 or Q8_0, got {}: its errors would add up; start from the original model, or allow it",
+            "expected F32, F16, BF16 or Q8_0, got {}: its errors would add up; start from the original model, or allow it with `requantize`",
             from.name()
         ));
     }

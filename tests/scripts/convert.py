@@ -62,6 +62,7 @@ NEMOTRON = dict(model_type="nemotron_h", vocabulary="tekken", head_dim=8, mamba_
 GRANITE = dict(attention_multiplier=0.3, embedding_multiplier=1.7, residual_multiplier=0.4, logits_scaling=1.3)
 QUANTISED = dict(model_type="qwen3", vocabulary="qwen2", num_hidden_layers=1, hidden_size=64, intermediate_size=96, head_dim=16,
                  tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=10000.0))
+BITNET = dict(QUANTISED, model_type="bitnet", vocabulary="llama3", rope_parameters=dict(rope_type="default", rope_theta=500000.0))
 # The numbers of experts are odd so that no shape is right by chance.
 FAMILIES = {
     "llama": dict(model_type="llama", vocabulary="llama3", rope_parameters=LLAMA3, head_dim=8, attention_bias=True),
@@ -116,6 +117,7 @@ FAMILIES = {
     # Quantised: rows and columns of whole words and groups.
     "qwen3-fp8": dict(QUANTISED), "qwen3-fp8-rows": dict(QUANTISED), "qwen3-gptq": dict(QUANTISED), "qwen3-gptq-order": dict(QUANTISED),
     "qwen3-awq": dict(QUANTISED), "qwen3-packed": dict(QUANTISED),
+    "llama-bitnet": dict(QUANTISED, model_type="llama"), "bitnet": dict(BITNET, intermediate_size=256), "bitnet-rounded": dict(BITNET),
     "smollm3": dict(model_type="smollm3", vocabulary="llama3", num_hidden_layers=4, intermediate_size=16),
     "gpt_oss": dict(model_type="gpt_oss", vocabulary="gpt4o", num_hidden_layers=2, hidden_size=32, head_dim=8, num_local_experts=3,
                     num_experts_per_tok=2, layer_types=["sliding_attention", "full_attention"], **WINDOW,
@@ -127,6 +129,10 @@ FAMILIES = {
     "arcee": dict(model_type="arcee", vocabulary="llama3", num_hidden_layers=1, head_dim=8, tie_word_embeddings=True),
     "deepseek_v2": dict(LATENT, model_type="deepseek_v2", n_routed_experts=3, n_shared_experts=2, q_lora_rank=None,
                         norm_topk_prob=False),
+    "minicpm3": dict(model_type="minicpm3", vocabulary="llama3", num_key_value_heads=4, q_lora_rank=12, kv_lora_rank=8, qk_nope_head_dim=6,
+                     qk_rope_head_dim=4, v_head_dim=10, tie_word_embeddings=True, rope_parameters=dict(
+                         rope_type="longrope", rope_theta=10000.0, short_factor=[1.0, 1.1], long_factor=[1.2, 2.0],
+                         original_max_position_embeddings=64)),
     "deepseek_v3": dict(LATENT, model_type="deepseek_v3", n_routed_experts=6, n_shared_experts=1, q_lora_rank=12, n_group=3, topk_group=2),
     "dots1": dict(MIXTURE, model_type="dots1", vocabulary="qwen2", head_dim=8, n_routed_experts=3, n_shared_experts=2),
     "ernie4_5": dict(model_type="ernie4_5", vocabulary="spm", num_hidden_layers=1, head_dim=8, tie_word_embeddings=True),
@@ -222,6 +228,8 @@ ENCODERS = {
     "distilbert": dict(architecture="DistilBertModel", vocabulary="words", pooling="mean", dim=24, n_layers=2, n_heads=4, hidden_dim=32),
     "modernbert": dict(architecture="ModernBertModel", vocabulary="modern", pooling="cls", num_hidden_layers=4, local_attention=8,
                        global_attn_every_n_layers=3, hidden_activation="gelu", cls_token_id=0, sep_token_id=2),
+    "jina_embeddings_v3": dict(architecture="JinaEmbeddingsV3Model", vocabulary="unigram", pooling="mean", type_vocab_size=1,
+                               layer_norm_eps=1e-5),
     "nomic_bert": dict(architecture="NomicBertModel", vocabulary="words", pooling="mean", type_vocab_size=2),
     "embedding_gemma": dict(architecture="Gemma3TextModel", vocabulary="gemma", pooling="mean", head_dim=8, num_key_value_heads=2,
                             query_pre_attn_scalar=8, sliding_window=10, use_bidirectional_attention=True, dense=40),
@@ -452,9 +460,35 @@ def fp8(name, stem, shape, draw):
     return {stem + ".weight": codes, stem + end: torch.from_numpy(scales)}, numbers
 
 
+def ternary(name, stem, shape, draw):
+    """A weight of minus one, zero and one, times or, in Llama's folder, through a factor."""
+    rows, columns = shape
+    codes = draw.integers(0, 3, shape).astype(np.uint8)
+    scale = torch.tensor([0.04 + 0.02 * draw.random()]).bfloat16()
+    factor = scale.float().numpy()
+    if name == "llama-bitnet":
+        scale = torch.tensor([1 / factor[0]]).bfloat16()
+        factor = np.float32(1) / scale.float().numpy()
+    quarters = codes.reshape(4, rows // 4, columns)
+    packed = sum(quarters[at] << 2 * at for at in range(4))
+    return {stem + ".weight": torch.from_numpy(packed), stem + ".weight_scale": scale}, factor * (codes.astype(np.float32) - 1)
+
+
+def rounded(name, stem, shape, draw):
+    """A weight that the library rounds to such numbers."""
+    from transformers.integrations.bitnet import WeightQuant
+
+    weight = torch.from_numpy(draw.normal(0, 0.05, shape).astype(np.float32)).bfloat16()
+    return {stem + ".weight": weight}, WeightQuant.forward(None, weight).float().numpy()
+
+
 GROUP = dict(num_bits=4, type="int", symmetric=True, strategy="group", group_size=32)
 ROWS = dict(num_bits=8, type="float", symmetric=True, strategy="channel")
+BIT = dict(quant_method="bitnet", linear_class="autobitlinear")
 SCHEMES = {
+    "llama-bitnet": (ternary, dict(quant_method="bitnet", modules_to_not_convert=None)),
+    "bitnet": (ternary, dict(BIT, quantization_mode="offline")),
+    "bitnet-rounded": (rounded, dict(BIT, quantization_mode="online")),
     "qwen3-fp8": (fp8, dict(quant_method="fp8", weight_block_size=[32, 32])),
     "qwen3-fp8-rows": (fp8, dict(quant_method="compressed-tensors", format="float-quantized", config_groups=dict(
         group_0=dict(targets=["Linear"], weights=ROWS)))),

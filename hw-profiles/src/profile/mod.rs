@@ -833,7 +833,7 @@ impl Profile {
         let near: Vec<_> =
             near.into_iter().filter(|(n, _)| *n > 0).take(NEAR).map(|(_, path)| &path[..]).collect();
         let some = if near.is_empty() { String::new() } else { format!(", such as {}", near.join(", ")) };
-        format!("one of `halite profile --numbers`{some}")
+        format!("one of `halite profile NAME --numbers`{some}")
     }
 
     /// Returns the number of tiles.

@@ -38,6 +38,7 @@ pub enum Why {
 const NEVER_RELEASED: &str = "it was withdrawn in 2023: convert the original model again";
 const REPACKED_Q4_0: &str = "it was Q4_0 repacked for one CPU: quantise the original model to Q4_0";
 const REPACKED_IQ4_NL: &str = "it was IQ4_NL repacked for one CPU: quantise the original model to IQ4_NL";
+const IN_BITNET: &str = "it was IQ4_NL repacked for one CPU: quantise the original model to IQ4_NL; in BitNet's own files it is I2_S: convert the folder of the original model";
 const IK_LLAMA: &str = "ik_llama.cpp";
 
 const REMOVED: &[(u32, &str, &str)] = &[
@@ -46,7 +47,7 @@ const REMOVED: &[(u32, &str, &str)] = &[
     (31, "Q4_0_4_4", REPACKED_Q4_0),
     (32, "Q4_0_4_8", REPACKED_Q4_0),
     (33, "Q4_0_8_8", REPACKED_Q4_0),
-    (36, "IQ4_NL_4_4", REPACKED_IQ4_NL),
+    (36, "IQ4_NL_4_4", IN_BITNET),
     (37, "IQ4_NL_4_8", REPACKED_IQ4_NL),
     (38, "IQ4_NL_8_8", REPACKED_IQ4_NL),
 ];

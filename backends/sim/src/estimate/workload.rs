@@ -189,7 +189,7 @@ pub struct Estimate {
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Sensitivity {
-    /// The number's path, as in `halite profile --numbers`.
+    /// The number's path, as in `halite profile NAME --numbers`.
     pub path: String,
     /// Its certainty.
     pub basis: Basis,
