@@ -54,7 +54,11 @@ fn secret_key(path: &Path) -> Result<SecretKey, Failure> {
     let key = BASE64_STANDARD.decode(text.lines().nth(1).unwrap_or_default().trim());
     let key = key.map_err(|e| wrong(e.to_string()))?;
     if !key.starts_with(b"Ed") || key.len() != KEY_BYTES {
-        return Err(wrong(format!("{KEY_BYTES} bytes that begin with Ed, got {} others", key.len())).into());
+        return Err(wrong(format!(
+            "its second line is {} bytes, not {KEY_BYTES} that begin with Ed",
+            key.len()
+        ))
+        .into());
     }
     // Without a password, the command `minisign` writes no checksum, so the crate's reader of such files refuses them.
     if key.get(KDF) == Some(&[0, 0]) {

@@ -131,10 +131,21 @@ fn options_that_are_wrong_leave_stdout_empty() {
         ("run --top-p 2 Once", "top_p"),
         ("run -n -2 Once", "expected a whole number, or -1"),
         ("run --seed -2 Once", "expected a whole number, or -1"),
-        ("perplexity --window 1 --file x.txt", "--window: expected at least 2 tokens, got 1"),
+        ("perplexity --window 2 --file x.txt", "--window: expected at least 3 tokens, got 2"),
+        ("perplexity --ctx 64 --file x.txt", "set its length with --window"),
+        ("conform --filter rope", "--filter rope: no case has this in its name"),
+        ("logits --tokens 1 -o y --threads 40000", "cannot start 40000 threads: expected at most 4096"),
+        (
+            "sign x.gguf --key x.txt",
+            "x.txt: expected a secret key of minisign: its second line is 42 bytes, not 158",
+        ),
+        ("rerank -m x.gguf --top 0 a b", "invalid value '0' for '--top <N>'"),
+        ("embed -m x.gguf --batch 0 a", "invalid value '0' for '--batch <N>'"),
         ("perplexity --file x.txt", "needs at least 512 tokens (--window), has "),
     ] {
-        std::fs::write(folder.path().join("x.txt"), "Some words.").unwrap();
+        // Also a public key.
+        let text = "Some words.\nRWQf6LRCGA9i53mlYecO4IzT51TGPpvWucNSCh1CBM0QTaLn73Y7GFO3\n";
+        std::fs::write(folder.path().join("x.txt"), text).unwrap();
         let (_, error) = failure(folder.path(), args);
         assert!(error.contains(why), "{args}: {error}");
     }

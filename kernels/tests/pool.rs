@@ -5,7 +5,15 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use halite_kernels::panel::PanelMut;
-use halite_kernels::pool::{Executor, Pool};
+use halite_kernels::pool::{Executor, MOST_THREADS, Pool};
+
+#[test]
+fn threads_are_limited() {
+    for threads in [MOST_THREADS + 1, usize::MAX] {
+        let error = Pool::new(threads).err().unwrap().to_string();
+        assert_eq!(error, format!("expected at most {MOST_THREADS}"));
+    }
+}
 
 #[test]
 fn a_panic_in_any_task_reaches_the_caller_and_the_pool_lives() {
