@@ -21,9 +21,9 @@ pub struct ExportArgs {
     /// LoRA adapter (GGUF) with an optional scale; may be repeated.
     #[arg(long, value_name = "FILE[:SCALE]")]
     lora: Vec<std::ffi::OsString>,
-    /// Context size in tokens.
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
-    ctx: u32,
+    /// Context size in tokens [default: 256, or the model's if that is less].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    ctx: Option<u32>,
     /// Most tokens of a step: more read a prompt faster, and take more memory.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     batch: u32,
@@ -38,7 +38,8 @@ pub fn export(args: &ExportArgs) -> Result<(), Failure> {
     let mut out = interrupt::File::create(&args.out, Replace::Nothing, &inputs)?;
     let model = open_adapted(args.model.as_deref(), &args.lora, true)?;
     let program = ProgramOptions::default().kv_format(args.kv);
-    let options = ExportOptions::default().context(args.ctx).tokens(args.batch).program(program);
+    let context = args.ctx.unwrap_or_else(|| model.hparams().context_length.min(256));
+    let options = ExportOptions::default().context(context).tokens(args.batch).program(program);
     let (image, size) = halite::export::export(&model, &options)?;
     let written = image.iter().try_for_each(|word| out.write_all(&word.to_le_bytes()));
     written.map_err(|e| format!("{}: {e}", args.out.display()))?;

@@ -52,8 +52,9 @@ fn mix(name: &str) -> Result<&'static Mix, String> {
 }
 
 fn pattern(text: &str) -> Result<(String, Format), String> {
-    let (pattern, format) = text.rsplit_once('=').ok_or("expected PATTERN=FORMAT, such as attn_v=q8_0")?;
-    Ok((pattern.to_owned(), synth::format(format)?))
+    let parts = text.rsplit_once('=').filter(|(pattern, _)| !pattern.is_empty());
+    let (pattern, format) = parts.ok_or("expected PATTERN=FORMAT, such as attn_v=q8_0")?;
+    Ok((pattern.to_owned(), synth::named(format, quantize::formats())?))
 }
 
 pub fn quantize(args: &QuantizeArgs) -> Result<(), Failure> {
@@ -137,6 +138,11 @@ pub fn imatrix(args: &ImatrixArgs) -> Result<(), Failure> {
     let mut tokens = tokenizer.encode(&read_text(&args.text)?, EncodeOptions::default());
     if args.limit > 0 {
         tokens.truncate(args.limit);
+    }
+    let (needed, got) = (args.window, tokens.len());
+    if got < needed as usize {
+        let text = args.text.display();
+        return Err(format!("{text}: needs at least {needed} tokens (--window), has {got}").into());
     }
     let mut out = File::create(&args.out, Replace::Nothing, &[&args.model, &args.text])?;
     let backend = args.device.open()?;

@@ -90,13 +90,17 @@ struct RuleArgs {
 #[cfg(feature = "constrain")]
 impl RuleArgs {
     fn guide(&self, tokenizer: &halite::Tokenizer) -> Result<Option<Guide>, Failure> {
-        let rule = match self {
-            RuleArgs { json_schema: Some(file), .. } => Rule::JsonSchema(read_text(file)?),
-            RuleArgs { regex: Some(regex), .. } => Rule::Regex(regex.clone()),
-            RuleArgs { grammar: Some(file), .. } => Rule::grammar(&read_text(file)?),
+        let (from, rule) = match self {
+            RuleArgs { json_schema: Some(file), .. } => {
+                (file.display().to_string(), Rule::JsonSchema(read_text(file)?))
+            }
+            RuleArgs { regex: Some(regex), .. } => ("--regex".into(), Rule::Regex(regex.clone())),
+            RuleArgs { grammar: Some(file), .. } => {
+                (file.display().to_string(), Rule::grammar(&read_text(file)?))
+            }
             _ => return Ok(None),
         };
-        Ok(Some(Guide::new(tokenizer, &rule)?))
+        Ok(Some(Guide::new(tokenizer, &rule).map_err(|e| format!("{from}: {e}"))?))
     }
 }
 

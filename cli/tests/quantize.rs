@@ -69,7 +69,7 @@ fn a_model_becomes_smaller() {
     let wrong = failure(folder, "quantize a.gguf d.gguf --format q4_0 --imatrix a.gguf");
     assert!(wrong.contains("expected a matrix of importance"), "{wrong}");
     let wrong = failure(folder, "imatrix a.gguf text -o d.gguf --window 9999");
-    assert!(wrong.contains("tokens: expected at least 9999"), "{wrong}");
+    assert!(wrong.contains("text: needs at least 9999 tokens (--window), has "), "{wrong}");
     // A mistake leaves no file behind.
     assert_eq!(std::fs::read_dir(folder).unwrap().count(), 5);
 }

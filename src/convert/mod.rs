@@ -258,7 +258,16 @@ pub fn convert(
     for (name, target) in &targets {
         let plain = target.dims.len() < 2 || PLAIN.iter().any(|plain| name.ends_with(plain));
         let home = target.parts.first().and_then(Part::home);
-        writer.tensor(name, &target.dims, if plain { Format::F32 } else { home.unwrap_or(format) })?;
+        let format = if plain { Format::F32 } else { home.unwrap_or(format) };
+        let columns = target.dims.first().copied().unwrap_or(0);
+        if columns % format.block_len() as u64 != 0 {
+            return Err(Error::Model(format!(
+                "tensor `{name}`: rows of {columns} are not whole blocks of {}, which are a multiple of {}: convert to F16, and quantise that, which gives such rows another format",
+                format.name(),
+                format.block_len()
+            )));
+        }
+        writer.tensor(name, &target.dims, format)?;
     }
     check(folder, &writer).map_err(|error| plan.in_config(error))?;
 

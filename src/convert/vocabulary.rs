@@ -53,6 +53,13 @@ pub(super) fn write(folder: &Path, config: &Json, task: Task, w: &mut Writer) ->
             let Pieces { json, scores, unused } = pieces::read(folder)?;
             (json, Some((scores, unused)))
         }
+        false if !has(folder, "tokenizer.json") => {
+            let path = folder.display();
+            return Err(Error::Model(format!(
+                "{path}: expected tokenizer.json or {}, got neither",
+                pieces::FILE
+            )));
+        }
         false => (Json::open(folder, "tokenizer.json")?, None),
     };
     let model = json.object("model")?.ok_or_else(|| json.missing("model", "an object"))?;

@@ -145,7 +145,7 @@ pub fn quantize(
         writer.entry("quantize.imatrix.entries_count", imatrix.sums.len() as u32)?;
         writer.entry("quantize.imatrix.chunks_count", imatrix.chunks)?;
     }
-    for (tensor, format) in gguf.tensors().zip(formats(gguf, options)?) {
+    for (tensor, format) in gguf.tensors().zip(chosen_formats(gguf, options)?) {
         let layout = if format == tensor.record.format { tensor.record.layout } else { Layout::Rows };
         writer.tensor_in(layout, &tensor.record.name, &tensor.record.dims, format)?;
     }
@@ -181,7 +181,7 @@ pub fn quantize(
 }
 
 /// The new formats of a file's tensors, in its order.
-fn formats(gguf: &Gguf, options: &QuantizeOptions) -> Result<Vec<Format>> {
+fn chosen_formats(gguf: &Gguf, options: &QuantizeOptions) -> Result<Vec<Format>> {
     let mix = options.mix;
     let regex = |(pattern, format): &(String, Format)| match Regex::new(pattern) {
         Ok(regex) => Ok((regex, *format)),
@@ -233,6 +233,16 @@ fn formats(gguf: &Gguf, options: &QuantizeOptions) -> Result<Vec<Format>> {
     }
 }
 
+fn has_quantiser(format: Format) -> bool {
+    let zeros = vec![0.0; format.block_len()];
+    format.quantize_weights(&zeros, Some(&zeros), &mut vec![0; format.block_bytes()]).is_ok()
+}
+
+/// The formats that a matrix can take, some of them with importance alone.
+pub fn formats() -> impl Iterator<Item = Format> {
+    Format::ALL.iter().copied().filter(|&format| has_quantiser(format))
+}
+
 /// Checks that a matrix can change its format.
 fn check(name: &str, from: Format, to: Format, options: &QuantizeOptions) -> Result<()> {
     let wrong = |why: String| Err(Error::Model(format!("tensor `{name}`: {why}")));
@@ -246,9 +256,7 @@ fn check(name: &str, from: Format, to: Format, options: &QuantizeOptions) -> Res
             from.name()
         ));
     }
-    let mut blocks = vec![0; to.block_bytes()];
-    let zeros = vec![0.0; to.block_len()];
-    if to.quantize_weights(&zeros, Some(&zeros), &mut blocks).is_err() {
+    if !has_quantiser(to) {
         return wrong(format!("no quantiser for {}", to.name()));
     }
     if needs_importance(options.mix, name, to) {

@@ -57,7 +57,7 @@ impl Workload {
         if positions > context {
             let expected = format!("at most the model's context of {context} tokens together");
             let got = format!("{} and {}", self.prompt, self.generate);
-            return Err(Error::argument("prompt and generated tokens", expected, got));
+            return Err(Error::argument("prompt and generate", expected, got));
         }
         Ok(positions)
     }
