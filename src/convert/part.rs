@@ -4,6 +4,7 @@
 //! The layouts are those of the libraries that write them: block-scaled FP8 (DeepSeek-V3), GPTQModel, AutoAWQ, compressed-tensors,
 //! the MXFP4 of gpt-oss, and the ternary weights of BitNet.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 use halite_kernels::formats::Format;
@@ -21,6 +22,8 @@ const CODES: usize = 8;
 const MIDDLE: u8 = 8;
 /// Columns of a block of Q4_0 and MXFP4.
 const BLOCK: usize = 32;
+/// Rows that are read together where columns come one after the other, because they share cache lines.
+const AHEAD: usize = 32;
 /// Rows whose ternary codes share a byte.
 const TERNARY: usize = 4;
 
@@ -361,7 +364,7 @@ impl<'a> Part<'a> {
             }
             _ => None,
         };
-        Ok(RowReader { part: self, columns, plain })
+        Ok(RowReader { part: self, columns, plain, ahead: RefCell::default() })
     }
 }
 
@@ -370,6 +373,8 @@ pub(super) struct RowReader<'p> {
     part: &'p Part<'p>,
     columns: usize,
     plain: Option<(Element, usize)>,
+    /// The first of some rows read together, and their elements.
+    ahead: RefCell<(usize, Vec<f32>)>,
 }
 
 impl RowReader<'_> {
@@ -391,10 +396,24 @@ impl RowReader<'_> {
                 // Those of a matrix are a column's elements.
                 let [.., rows, _] = self.part.shape[..] else { return };
                 let (matrix, row) = (row / rows.max(1), row % rows.max(1));
-                let at = |column| ((matrix * columns + column) * rows + row) * bytes;
-                let elements =
-                    (0..columns).filter_map(|column| view.data().get(at(column)..at(column) + bytes));
-                values.extend(elements.map(element));
+                let mut ahead = self.ahead.borrow_mut();
+                let (first, ahead) = &mut *ahead;
+                let group = row / AHEAD * AHEAD;
+                if ahead.is_empty() || *first != matrix * rows + group {
+                    let count = AHEAD.min(rows - group);
+                    *first = matrix * rows + group;
+                    ahead.clear();
+                    ahead.resize(count * columns, f32::NAN);
+                    for column in 0..columns {
+                        let from = ((matrix * columns + column) * rows + group) * bytes;
+                        let elements = view.data().get(from..from + count * bytes).unwrap_or(&[]);
+                        for (n, bytes) in elements.chunks_exact(bytes).enumerate() {
+                            ahead[n * columns + column] = element(bytes);
+                        }
+                    }
+                }
+                let from = (row - group) * columns;
+                values.extend(ahead.get(from..from + columns).unwrap_or(&[]));
             }
             (Data::RoundedToTernary { view, scale, factor }, Some((element, bytes))) => {
                 let from = row * columns * bytes;
