@@ -440,6 +440,10 @@ fn estimate_explains_itself() {
             "-m llama-1.1b -p maia-100 --prompt 8000 --generate 193",
             "context of 8192 tokens together, got 8000",
         ),
+        (
+            "-m ../tests/data/golden/encoders/jina-bert-v3.gguf -p maia-100 --prompt 8 --generate 8",
+            "expected one that generates text",
+        ),
         ("-m llama-1.1b -p maia-100 --tp 2 --ep 2", "the model has no experts"),
         ("-m llama-1.1b -p maia-100 --chips 2 --best speed", "expected one of tokens_per_s, "),
     ] {

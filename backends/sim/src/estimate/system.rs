@@ -148,8 +148,8 @@ impl Stage {
 /// Divides a program into stages. The first chip of each has the most work.
 ///
 /// # Errors
-/// [`Error::Argument`] if the program generates no text, a number of the layout is 0, there are more stages than layers, or groups of experts do not
-/// divide the chips that share a layer, or if a recurrent model's positions are divided.
+/// [`Error::Argument`] if the program generates no text, a number of the layout is 0, there are more stages than layers, or groups
+/// of experts do not divide the chips that share a layer, or if a recurrent model's positions are divided.
 pub fn stages(program: &Program, layout: Layout) -> Result<Vec<Stage>> {
     if program.outputs.logits.is_none() {
         let got = format!("{}, which computes no logits", program.name);
