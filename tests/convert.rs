@@ -665,7 +665,8 @@ fn what_is_not_supported_is_named() {
             json!(0.5),
             "expected 1, got 0.5",
         ),
-        ("olmo3", CONFIG, "/use_sliding_window", json!(false), "because of layer_types"),
+        ("qwen3", CONFIG, "/layer_types", json!(["sliding_attention"]), "because of layer_types"),
+        ("dots1", CONFIG, "/layer_types", json!(["sliding_attention"]), "layer_types"),
         ("qwen2", CONFIG, "/rope_parameters/truncate", json!(false), "truncate"),
         ("qwen2", CONFIG, "/rope_parameters", Value::Null, "rope_theta"),
         ("smollm3", CONFIG, "/no_rope_layers/0", json!(0), "no_rope_layers"),
@@ -719,6 +720,15 @@ fn what_is_not_supported_is_named() {
         ("deepseek_v3", CONFIG, "/qk_nope_head_dim", json!(5), "rows for heads of 15"),
         ("minicpm3", CONFIG, "/scale_emb", json!(1), "expected 12, got 1"),
         ("minicpm3", CONFIG, "/scale_depth", json!(1), "expected 1.4, got 1"),
+        ("minicpm3", CONFIG, "/scale_depth", Value::Null, "expected 1.4, got null"),
+        ("minicpm3", CONFIG, "/dim_model_base", Value::Null, "expected 256, got null"),
+        (
+            "bitnet-rounded",
+            CONFIG,
+            "/quantization_config/modules_to_not_convert",
+            json!(["lm_head", "model.layers.0.self_attn.q_proj"]),
+            "lm_head alone, got",
+        ),
         ("minicpm3", CONFIG, "/dim_model_base", json!(24), "expected 256, got 24"),
         ("minicpm3", CONFIG, "/qk_nope_head_dim", json!(0), "1 to 65536"),
         ("minicpm3", CONFIG, "/qk_nope_head_dim", json!(8), "attn_q_b"),
@@ -1199,6 +1209,38 @@ fn what_bert_does_besides_is_named() {
         let identity = value.to_string().replace("activation.Sigmoid", "linear.Identity");
         copy.set(CONFIG, pointer, serde_json::from_str(&identity).unwrap());
         assert!(!warns(&copy), "{pointer}");
+    }
+    let copy = Copy::of("dots1");
+    copy.remove(CONFIG, "/layer_types");
+    assert_eq!(convert_to_gguf(&copy.0).0.hparams().sliding_window, None);
+    // Keys that their library ignores.
+    for (family, key, value) in [
+        ("mistral", "/use_sliding_window", json!(false)),
+        ("phi3", "/use_sliding_window", json!(false)),
+        ("starcoder2", "/use_sliding_window", json!(true)),
+        ("gemma3", "/use_sliding_window", json!(false)),
+        ("olmo3", "/sliding_window_pattern", json!(2)),
+        ("gemma2", "/sliding_window_pattern", json!(3)),
+        ("gpt_oss", "/sliding_window_pattern", json!(3)),
+    ] {
+        let copy = Copy::of(family);
+        copy.remove(CONFIG, "/layer_types");
+        copy.set(CONFIG, "/sliding_window", json!(8));
+        let [want, got] = [None, Some(value)].map(|value| {
+            value.into_iter().for_each(|value| copy.set(CONFIG, key, value));
+            let (model, _) = convert_to_gguf(&copy.0);
+            let names = ["sliding_window", "sliding_window_pattern"];
+            let key = |name: &str| format!("{}.attention.{name}", model.hparams().architecture);
+            names.map(|name| {
+                model
+                    .gguf()
+                    .metadata()
+                    .iter()
+                    .find(|(k, _)| *k == key(name))
+                    .map(|(_, v)| model.gguf().display_value(v))
+            })
+        });
+        assert!(want == got && want[0].is_some(), "{family}: {want:?}, {got:?}");
     }
     // Of families without windows: the window.
     let copy = Copy::of("llama");

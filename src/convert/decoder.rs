@@ -860,7 +860,10 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
         // Files do not have its chunks.
         return Ok(());
     }
-    let uses = config.bool("use_sliding_window")? != Some(false);
+    // Other families ignore these two options, as the library does.
+    let has_switch = family.defaults.iter().any(|(key, _)| *key == "use_sliding_window");
+    let has_period = ["cohere2", "exaone4", "exaone-moe", "gemma3", "gemma4"].contains(&family.architecture);
+    let uses = !has_switch || config.bool("use_sliding_window")? != Some(false);
     let has = uses && family.window != Window::None;
     let Some(length) = config.optional_u32("sliding_window")?.filter(|_| has) else {
         let types = config.get("layer_types").and_then(Value::as_array);
@@ -882,7 +885,7 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
         Window::Period(period) => by_period(period).collect(),
     };
     let period = ["sliding_window_pattern", "_sliding_window_pattern"];
-    let period = period.into_iter().find(|key| config.get(key).is_some());
+    let period = period.into_iter().find(|key| has_period && config.get(key).is_some());
     let windowed: Vec<bool> = match (config.get("layer_types"), period) {
         (Some(types), _) => {
             let windowed = |kind: &Value| match kind.as_str() {
@@ -897,10 +900,12 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
             list.ok_or_else(|| config.wrong("layer_types", expected, types))?
         }
         (None, Some(period)) => by_period(config.u32(period)?).collect(),
+        // Its windows begin at a layer that it does not have.
+        (None, None) if family.model_type == "dots1" && config.u32("max_window_layers")? >= layers => {
+            return Ok(());
+        }
         // Versions of the library chose the layers differently.
-        (None, None)
-            if ["use_sliding_window", "max_window_layers"].iter().any(|key| config.get(key).is_some()) =>
-        {
+        (None, None) if has_switch || config.get("max_window_layers").is_some() => {
             return Err(config.missing("layer_types", "a list beside max_window_layers"));
         }
         (None, None) => default.clone(),

@@ -595,6 +595,7 @@ pub(super) const FAMILIES: &[Family] = &[
         architecture: "dots1",
         names: &[EXPERTS],
         keys: MIXTURE,
+        defaults: &[("max_window_layers", "62")],
         fixed: SIGMOID,
         only: &[SILU, ("scoring_func", Only::Text("noaux_tc"))],
         interleaved: false,
@@ -1051,9 +1052,9 @@ pub(super) const FAMILIES: &[Family] = &[
         // Files do not have these factors.
         only: &[
             SILU,
-            ("scale_emb", Only::Number(12.0)),
-            ("scale_depth", Only::Number(1.4)),
-            ("dim_model_base", Only::Number(256.0)),
+            ("scale_emb", Only::Stated(12.0)),
+            ("scale_depth", Only::Stated(1.4)),
+            ("dim_model_base", Only::Stated(256.0)),
         ],
         interleaved: false,
         ..LLAMA

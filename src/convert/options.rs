@@ -23,6 +23,8 @@ pub(super) enum Only {
     Text(&'static str),
     Bool(bool),
     Number(f64),
+    /// A number where null means another one.
+    Stated(f64),
     /// An empty list.
     Nothing,
     /// No value at all.
@@ -46,7 +48,7 @@ impl Only {
         match self {
             Only::Text(only) => value == only,
             Only::Bool(only) => *value == only,
-            Only::Number(only) => value.as_f64() == Some(only),
+            Only::Number(only) | Only::Stated(only) => value.as_f64() == Some(only),
             Only::Nothing => value.as_array().is_some_and(Vec::is_empty),
             Only::Absent => value.is_null(),
         }
@@ -58,7 +60,7 @@ impl std::fmt::Display for Only {
         match self {
             Only::Text(only) => f.write_str(only),
             Only::Bool(only) => only.fmt(f),
-            Only::Number(only) => only.fmt(f),
+            Only::Number(only) | Only::Stated(only) => only.fmt(f),
             Only::Nothing => f.write_str("an empty list"),
             Only::Absent => f.write_str("null"),
         }
@@ -68,7 +70,11 @@ impl std::fmt::Display for Only {
 /// Rejects other values of a family's options than the supported ones.
 pub(super) fn check(config: &Json, options: &[(&str, Only)]) -> Result<()> {
     for (key, only) in options {
-        if let Some(value) = config.get(key).filter(|value| !only.is(value)) {
+        let value = match only {
+            Only::Stated(_) => config.value.get(key),
+            _ => config.get(key),
+        };
+        if let Some(value) = value.filter(|value| !only.is(value)) {
             return Err(config.wrong(key, &only.to_string(), value));
         }
     }

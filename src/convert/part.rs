@@ -238,7 +238,14 @@ fn ternary(config: &Json) -> Result<Scheme> {
     match (text("linear_class", "bitlinear"), text("quantization_mode", "offline")) {
         (Some("bitlinear"), _) => Ok(Scheme::Ternary { divides: true }),
         (Some("autobitlinear"), Some("offline")) => Ok(Scheme::Ternary { divides: false }),
-        (Some("autobitlinear"), Some("online")) => Ok(Scheme::RoundedToTernary),
+        (Some("autobitlinear"), Some("online")) => {
+            let others = config.get("modules_to_not_convert").and_then(Value::as_array);
+            let is_output = |name: &&Value| name.as_str() == Some("lm_head");
+            match others.into_iter().flatten().find(|name| !is_output(name)) {
+                Some(name) => Err(config.wrong("modules_to_not_convert", "lm_head alone", name)),
+                None => Ok(Scheme::RoundedToTernary),
+            }
+        }
         (Some("autobitlinear"), mode) => {
             Err(config.wrong("quantization_mode", "offline or online", mode.unwrap_or("no text")))
         }
