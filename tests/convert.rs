@@ -1242,6 +1242,23 @@ fn what_bert_does_besides_is_named() {
         });
         assert!(want == got && want[0].is_some(), "{family}: {want:?}, {got:?}");
     }
+    // Their own periods of Gemma 3 and of what became of it.
+    for family in ["gemma3", "embedding_gemma", "cohere2", "exaone4", "exaone_moe"] {
+        let copy = Copy::of(family);
+        copy.remove(CONFIG, "/layer_types");
+        let patterns = [2, 3].map(|period| {
+            copy.set(CONFIG, "/sliding_window_pattern", json!(period));
+            let (model, _) = convert_to_gguf(&copy.0);
+            let key = format!("{}.attention.sliding_window_pattern", model.hparams().architecture);
+            model
+                .gguf()
+                .metadata()
+                .iter()
+                .find(|(k, _)| *k == key)
+                .map(|(_, v)| model.gguf().display_value(v))
+        });
+        assert!(patterns[0] != patterns[1], "{family}: {patterns:?}");
+    }
     // Of families without windows: the window.
     let copy = Copy::of("llama");
     copy.set(CONFIG, "/sliding_window", json!(4));

@@ -860,9 +860,9 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
         // Files do not have its chunks.
         return Ok(());
     }
-    // Other families ignore these two options, as the library does.
-    let has_switch = family.defaults.iter().any(|(key, _)| *key == "use_sliding_window");
-    let has_period = ["cohere2", "exaone4", "exaone-moe", "gemma3", "gemma4"].contains(&family.architecture);
+    // The libraries of families without a default of this option ignore it.
+    let has_default = |option: &str| family.defaults.iter().any(|(key, _)| *key == option);
+    let has_switch = has_default("use_sliding_window");
     let uses = !has_switch || config.bool("use_sliding_window")? != Some(false);
     let has = uses && family.window != Window::None;
     let Some(length) = config.optional_u32("sliding_window")?.filter(|_| has) else {
@@ -882,9 +882,10 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
     let by_period = |period: u32| (1..=layers).map(move |layer| layer.checked_rem(period) != Some(0));
     let default: Vec<bool> = match family.window {
         Window::None | Window::All => vec![true; layers as usize],
-        Window::Period(period) => by_period(period).collect(),
+        Window::Period(period) | Window::OwnPeriod(period) => by_period(period).collect(),
     };
     let period = ["sliding_window_pattern", "_sliding_window_pattern"];
+    let has_period = matches!(family.window, Window::OwnPeriod(_));
     let period = period.into_iter().find(|key| has_period && config.get(key).is_some());
     let windowed: Vec<bool> = match (config.get("layer_types"), period) {
         (Some(types), _) => {
@@ -900,8 +901,8 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
             list.ok_or_else(|| config.wrong("layer_types", expected, types))?
         }
         (None, Some(period)) => by_period(config.u32(period)?).collect(),
-        // Its windows begin at a layer that it does not have.
-        (None, None) if family.model_type == "dots1" && config.u32("max_window_layers")? >= layers => {
+        // Windows begin at a layer that the model does not have.
+        (None, None) if has_default("max_window_layers") && config.u32("max_window_layers")? >= layers => {
             return Ok(());
         }
         // Versions of the library chose the layers differently.
@@ -918,7 +919,7 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
                 return Err(config.wrong("layer_types", "the same for every layer", "some of each"));
             }
             Window::None | Window::All => return Ok(()),
-            Window::Period(_) => {
+            Window::Period(_) | Window::OwnPeriod(_) => {
                 w.entry(&format!("{}.attention.sliding_window_pattern", family.architecture), &windowed[..])?;
             }
         }

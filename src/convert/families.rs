@@ -54,6 +54,8 @@ pub(super) enum Window {
     All,
     /// All layers but the last of each period, unless the config lists the layers.
     Period(u32),
+    /// The same, unless the config has another period.
+    OwnPeriod(u32),
 }
 
 /// Required options.
@@ -574,7 +576,7 @@ pub(super) const FAMILIES: &[Family] = &[
         ],
         // Its published weights already rotate adjacent elements.
         interleaved: false,
-        window: Window::Period(4),
+        window: Window::OwnPeriod(4),
         ..LLAMA
     },
     Family { model_type: "deepseek_v2", only: &[SILU, ("topk_method", Only::Text("greedy"))], ..DEEPSEEK },
@@ -633,7 +635,7 @@ pub(super) const FAMILIES: &[Family] = &[
         defaults: &[WINDOW],
         names: &[RESULT_NORMS],
         interleaved: false,
-        window: Window::Period(4),
+        window: Window::OwnPeriod(4),
         ..LLAMA
     },
     Family {
@@ -645,7 +647,7 @@ pub(super) const FAMILIES: &[Family] = &[
         keys: MIXTURE,
         fixed: SIGMOID,
         interleaved: false,
-        window: Window::Period(4),
+        window: Window::OwnPeriod(4),
         ..LLAMA
     },
     // Its blocks of Mamba stand beside attention.
@@ -702,7 +704,7 @@ pub(super) const FAMILIES: &[Family] = &[
         model_type: "gemma3_text",
         architecture: "gemma3",
         defaults: GEMMA_3_DEFAULTS,
-        window: Window::Period(6),
+        window: Window::OwnPeriod(6),
         rope_base: Some(1e6),
         ..GEMMA
     },
@@ -722,7 +724,7 @@ pub(super) const FAMILIES: &[Family] = &[
             ("attn_logit_softcapping", Only::Number(0.0)),
             ("final_logit_softcapping", Only::Number(0.0)),
         ],
-        window: Window::Period(6),
+        window: Window::OwnPeriod(6),
         both_ways: true,
         ..GEMMA
     },
@@ -782,7 +784,7 @@ pub(super) const FAMILIES: &[Family] = &[
             ("use_bidirectional_attention", Only::Text("vision")),
         ],
         norm_offset: 0.0,
-        window: Window::Period(6),
+        window: Window::OwnPeriod(6),
         ..GEMMA
     },
     // Its published weights already rotate adjacent elements.
