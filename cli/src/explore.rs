@@ -29,8 +29,8 @@ pub struct ExploreArgs {
     /// Chip profile to start from: a name or a TOML file.
     #[arg(short, long, value_name = "FILE|NAME")]
     profile: String,
-    /// Number to vary; may be repeated. PATH is a number of `halite profile NAME --numbers`, or batch, chips, tp, ep, cp, pp, dp. VALUES are
-    /// a,b,c or A..B or A..B/N, for N values with the same ratio from each to the next [default: 8].
+    /// Number to vary; may be repeated. PATH is a number of `halite profile NAME --numbers`, or batch, chips, tp, ep, cp, pp, dp.
+    /// VALUES are a,b,c or A..B or A..B/N, for N values with the same ratio from each to the next [default: 8].
     #[arg(long, value_name = "PATH=VALUES", required_unless_present = "reach")]
     vary: Vec<Vary>,
     /// Refuse grids of more points.

@@ -57,6 +57,7 @@ use halite::map::Source;
 use halite::model::ProgramOptions;
 use halite::sampler::SamplerOptions;
 use halite::session::{Session, SessionOptions};
+use halite::tokenizer::EncodeOptions;
 use halite::{Model, Tokenizer};
 
 use device::DeviceArgs;
@@ -434,6 +435,21 @@ fn read_text(path: &Path) -> Result<String, Failure> {
     }
     // A byte order mark is not part of the text.
     Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
+}
+
+/// The first `limit` tokens of a text file, or all for 0: at least a window of them.
+fn tokens_of(path: &Path, tokenizer: &Tokenizer, limit: usize, window: usize) -> Result<Vec<u32>, Failure> {
+    let mut tokens = tokenizer.encode(&read_text(path)?, EncodeOptions::default());
+    if limit > 0 {
+        tokens.truncate(limit);
+    }
+    let got = tokens.len();
+    if got < window {
+        return Err(
+            format!("{}: needs at least {window} tokens (--window), has {got}", path.display()).into()
+        );
+    }
+    Ok(tokens)
 }
 
 /// Writes to stdout; ends the command quietly if the reader closed the pipe.

@@ -8,12 +8,11 @@ use halite::gguf::Gguf;
 use halite::kernels::formats::Format;
 use halite::output::Replace;
 use halite::quantize::{self, Imatrix, MIXES, Mix, QuantizeOptions, Written};
-use halite::tokenizer::EncodeOptions;
 use serde_json::json;
 
 use super::device::DeviceArgs;
 use super::interrupt::{File, Work};
-use super::{Failure, bytes, open_model, plain, plain_json, print, progress, read_text, synth, tokenizer};
+use super::{Failure, bytes, open_model, plain, plain_json, print, progress, synth, tokenizer, tokens_of};
 
 #[derive(Args)]
 pub struct QuantizeArgs {
@@ -135,15 +134,7 @@ pub struct ImatrixArgs {
 pub fn imatrix(args: &ImatrixArgs) -> Result<(), Failure> {
     let model = open_model(Some(&args.model))?;
     let tokenizer = tokenizer(model.gguf())?;
-    let mut tokens = tokenizer.encode(&read_text(&args.text)?, EncodeOptions::default());
-    if args.limit > 0 {
-        tokens.truncate(args.limit);
-    }
-    let (needed, got) = (args.window, tokens.len());
-    if got < needed as usize {
-        let text = args.text.display();
-        return Err(format!("{text}: needs at least {needed} tokens (--window), has {got}").into());
-    }
+    let tokens = tokens_of(&args.text, &tokenizer, args.limit, args.window as usize)?;
     let mut out = File::create(&args.out, Replace::Nothing, &[&args.model, &args.text])?;
     let backend = args.device.open()?;
     let bar = progress(tokens.len() as u64, "imatrix");

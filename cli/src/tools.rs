@@ -12,7 +12,7 @@ use halite::tokenizer::EncodeOptions;
 use sha2::{Digest, Sha256};
 
 use super::device::{DeviceArgs, drivers};
-use super::{Failure, ModelArgs, bytes, gguf, interrupt, plain, print, progress, read_text, tokenizer};
+use super::{Failure, ModelArgs, bytes, gguf, interrupt, plain, print, progress, tokenizer, tokens_of};
 
 /// Column width of device names; longer names get a line of their own.
 const NAME_WIDTH: usize = 10;
@@ -147,11 +147,6 @@ pub struct PerplexityArgs {
 pub fn perplexity(args: &PerplexityArgs) -> Result<(), Failure> {
     let model = args.model.open()?;
     let tokenizer = tokenizer(model.gguf())?;
-    let text = read_text(&args.file)?;
-    let mut tokens = tokenizer.encode(&text, EncodeOptions::default());
-    if args.limit > 0 {
-        tokens.truncate(args.limit);
-    }
     let window = args.window as usize;
     if args.model.ctx.is_some() {
         return Err("--ctx: a step sees one window: set its length with --window".into());
@@ -160,14 +155,7 @@ pub fn perplexity(args: &PerplexityArgs) -> Result<(), Failure> {
     if window < 3 {
         return Err(format!("--window: expected at least 3 tokens, got {window}").into());
     }
-    if tokens.len() < window {
-        return Err(format!(
-            "{}: needs at least {window} tokens (--window), has {}",
-            args.file.display(),
-            tokens.len()
-        )
-        .into());
-    }
+    let tokens = tokens_of(&args.file, &tokenizer, args.limit, window)?;
     let vocab = model.hparams().vocab_size as usize;
     let batch = rows_per_step(vocab as u32).min(args.window);
     let context = ModelArgs { ctx: Some(args.window), ..args.model.clone() };
